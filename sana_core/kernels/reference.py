@@ -1,0 +1,66 @@
+"""The specification of every kernel, in plain PyTorch. A fused kernel must match it in outputs and gradients.
+
+Shapes: B batch, N tokens, L caption tokens, H heads, D head width, C = H * D channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    """ReLU linear attention, without mask or scale (Sana, arXiv:2410.10629, section 2.2).
+
+    K^T V and the sum of K are the whole state, so the cost is linear in N. The state overflows float16 and loses
+    the small terms in bfloat16: it is float32, also under autocast.
+
+    Args:
+        q, k, v: [B, N, H, D], before the ReLU.
+        eps: added to the normaliser.
+
+    Returns:
+        [B, N, H, D] in v's dtype.
+    """
+    with torch.autocast(q.device.type, enabled=False):
+        q, k, values = (part.float().transpose(1, 2) for part in (q.relu(), k.relu(), v))
+        state = k.transpose(-1, -2) @ values  # [B, H, D, D]
+        normaliser = q @ k.sum(dim=2).unsqueeze(-1)  # [B, H, N, 1]
+        out = (q @ state) / (normaliser + eps)
+    return out.transpose(1, 2).to(v.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention with scale 1 / sqrt(D).
+
+    Args:
+        q: [B, N, H, D].
+        k, v: [B, L, H, D].
+        mask: [B, L] bool, True = attend; None attends to all.
+
+    Returns:
+        [B, N, H, D].
+    """
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    attn_mask = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask).transpose(1, 2)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without weights (eps 1e-6), then scale and shift: the adaptive norm of DiT (arXiv:2212.09748).
+
+    Args:
+        x: [B, N, C].
+        shift, scale: [B, 1, C].
+    """
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """x + gate * branch, for x and branch [B, N, C] and gate [B, 1, C]."""
+    return torch.addcmul(x, gate, branch)
+
+
+def gated_linear_unit(x: Tensor) -> Tensor:
+    """value * silu(gate) of x [B, 2C, h, w], whose first half of channels is the value and second half the gate."""
+    value, gate = x.chunk(2, dim=1)
+    return value * F.silu(gate)

@@ -1,0 +1,1 @@
+"""The networks: the Sana transformer and the deep-compression autoencoder."""

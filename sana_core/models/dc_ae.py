@@ -1,0 +1,369 @@
+"""DC-AE, the deep-compression autoencoder (arXiv:2410.10733): 32, 64 or 128 pixels a side become one latent position.
+
+Attribute names are the keys of the published checkpoints (mit-han-lab/efficientvit, `dc_ae.py`).
+Shapes: B batch, C channels, h and w the size of a feature map.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import DCAEConfig
+from ..kernels.reference import gated_linear_unit, linear_attention
+
+HEAD_DIM = 32
+EXPAND_RATIO = 4  # of the feed-forward
+AGGREGATION_KERNEL = 5  # of the multi-scale attention
+
+
+class RMSNorm2d(nn.Module):
+    """Root-mean-square norm over the channels of [B, C, h, w], with weight and bias."""
+
+    def __init__(self, channels: int, eps: float = 1e-5, **factory):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels, **factory))
+        self.bias = nn.Parameter(torch.zeros(channels, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.rms_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.eps)
+        return (x + self.bias).movedim(-1, 1)
+
+
+class ConvLayer(nn.Module):
+    """Convolution that keeps the size (or halves it with stride 2), then the norm and activation that are given."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+        act: nn.Module | None = None,
+        **factory,
+    ):
+        super().__init__()
+        padding = kernel_size // 2
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, 1, groups, bias, **factory)
+        self.norm = norm
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        if self.norm is not None:
+            x = self.norm(x)
+        return x if self.act is None else self.act(x)
+
+
+class PixelUnshuffleConv(nn.Module):
+    """Halves the size: convolution to a quarter of the channels, then space to depth."""
+
+    def __init__(self, in_channels: int, out_channels: int, **factory):
+        super().__init__()
+        self.conv = ConvLayer(in_channels, out_channels // 4, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_unshuffle(self.conv(x), 2)
+
+
+class PixelShuffleConv(nn.Module):
+    """Doubles the size: convolution to four times the channels, then depth to space."""
+
+    def __init__(self, in_channels: int, out_channels: int, **factory):
+        super().__init__()
+        self.conv = ConvLayer(in_channels, out_channels * 4, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pixel_shuffle(self.conv(x), 2)
+
+
+class InterpolateConv(nn.Module):
+    """Doubles the size: nearest neighbour, then a convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, **factory):
+        super().__init__()
+        self.conv = ConvLayer(in_channels, out_channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def average_channels(x: Tensor, channels: int) -> Tensor:
+    """Means of neighbouring channels, so that `channels` remain: the parameter-free way down."""
+    return x.unflatten(1, (channels, -1)).mean(dim=2)
+
+
+def duplicate_channels(x: Tensor, channels: int) -> Tensor:
+    """Repeats each channel in place, so that there are `channels`: the parameter-free way up."""
+    return x.repeat_interleave(channels // x.shape[1], dim=1)
+
+
+class Downsample(nn.Module):
+    """Halves the size, beside space-to-depth averaged to the output's channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, kind: str, **factory):
+        super().__init__()
+        self.out_channels = out_channels
+        if kind == "conv":
+            self.main = ConvLayer(in_channels, out_channels, stride=2, **factory)
+        else:
+            self.main = PixelUnshuffleConv(in_channels, out_channels, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x) + average_channels(F.pixel_unshuffle(x, 2), self.out_channels)
+
+
+class Upsample(nn.Module):
+    """Doubles the size, beside depth-to-space of duplicated channels."""
+
+    def __init__(self, in_channels: int, out_channels: int, kind: str, **factory):
+        super().__init__()
+        self.out_channels = out_channels
+        self.main = (InterpolateConv if kind == "interpolate" else PixelShuffleConv)(
+            in_channels, out_channels, **factory
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x) + F.pixel_shuffle(duplicate_channels(x, self.out_channels * 4), 2)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions beside the identity."""
+
+    def __init__(self, channels: int, batch_norm: bool = False, **factory):
+        super().__init__()
+        norm = nn.BatchNorm2d(channels, **factory) if batch_norm else RMSNorm2d(channels, **factory)
+        act = nn.ReLU() if batch_norm else nn.SiLU()
+        self.main = nn.Sequential()
+        self.main.add_module("conv1", ConvLayer(channels, channels, act=act, **factory))
+        self.main.add_module("conv2", ConvLayer(channels, channels, bias=False, norm=norm, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.main(x)
+
+
+class LiteMLA(nn.Module):
+    """Multi-scale linear attention of EfficientViT (arXiv:2205.14756).
+
+    The channels of `qkv` are interleaved by head: 32 of q, 32 of k, 32 of v, and again.
+    """
+
+    def __init__(self, channels: int, multiscale: bool, **factory):
+        super().__init__()
+        qkv_channels = 3 * channels
+        self.qkv = ConvLayer(channels, qkv_channels, kernel_size=1, bias=False, **factory)
+        self.aggreg = nn.ModuleList()
+        if multiscale:
+            groups = qkv_channels // HEAD_DIM
+            k = AGGREGATION_KERNEL
+            self.aggreg.append(
+                nn.Sequential(
+                    nn.Conv2d(
+                        qkv_channels, qkv_channels, k, padding=k // 2, groups=qkv_channels, bias=False, **factory
+                    ),
+                    nn.Conv2d(qkv_channels, qkv_channels, 1, groups=groups, bias=False, **factory),
+                )
+            )
+        scales = 1 + len(self.aggreg)
+        norm = RMSNorm2d(channels, **factory)
+        self.proj = ConvLayer(scales * channels, channels, kernel_size=1, bias=False, norm=norm, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        qkv = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)
+        tokens = qkv.flatten(2).transpose(1, 2).unflatten(2, (-1, 3 * HEAD_DIM))  # [B, h * w, heads, 96]
+        q, k, v = tokens.chunk(3, dim=-1)
+        out = linear_attention(q, k, v, eps=1e-15).flatten(2).transpose(1, 2)
+        return self.proj(out.unflatten(2, x.shape[-2:]))
+
+
+class GLUMBConv(nn.Module):
+    """Gated feed-forward with a depthwise 3x3 convolution between its two 1x1 convolutions."""
+
+    def __init__(self, channels: int, **factory):
+        super().__init__()
+        hidden = channels * EXPAND_RATIO
+        norm = RMSNorm2d(channels, **factory)
+        self.inverted_conv = ConvLayer(channels, 2 * hidden, kernel_size=1, act=nn.SiLU(), **factory)
+        self.depth_conv = ConvLayer(2 * hidden, 2 * hidden, groups=2 * hidden, **factory)
+        self.point_conv = ConvLayer(hidden, channels, kernel_size=1, bias=False, norm=norm, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.point_conv(gated_linear_unit(self.depth_conv(self.inverted_conv(x))))
+
+
+class Residual(nn.Module):
+    """A module beside the identity."""
+
+    def __init__(self, main: nn.Module):
+        super().__init__()
+        self.main = main
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.main(x)
+
+
+class EfficientViTBlock(nn.Module):
+    """Global linear attention, then a local gated feed-forward."""
+
+    def __init__(self, channels: int, multiscale: bool, **factory):
+        super().__init__()
+        self.context_module = Residual(LiteMLA(channels, multiscale, **factory))
+        self.local_module = Residual(GLUMBConv(channels, **factory))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.local_module(self.context_module(x))
+
+
+class OpSequential(nn.Module):
+    """Modules in a row, under the checkpoint's name for the list."""
+
+    def __init__(self, ops: list[nn.Module]):
+        super().__init__()
+        self.op_list = nn.ModuleList(ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for op in self.op_list:
+            x = op(x)
+        return x
+
+
+class EncoderOut(nn.Module):
+    """Convolution to the latent channels, beside their channel means."""
+
+    def __init__(self, in_channels: int, latent_channels: int, **factory):
+        super().__init__()
+        self.latent_channels = latent_channels
+        self.main = OpSequential([ConvLayer(in_channels, latent_channels, **factory)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x) + average_channels(x, self.latent_channels)
+
+
+class DecoderIn(nn.Module):
+    """Convolution from the latent channels, beside the duplicated channels."""
+
+    def __init__(self, latent_channels: int, out_channels: int, **factory):
+        super().__init__()
+        self.out_channels = out_channels
+        self.main = ConvLayer(latent_channels, out_channels, **factory)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return self.main(z) + duplicate_channels(z, self.out_channels)
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, H, W] to latent [B, latent_channels, H / compression, W / compression]."""
+
+    def __init__(self, config: DCAEConfig, **factory):
+        super().__init__()
+        channels, depths = config.encoder_channels, config.encoder_depths
+        if depths[0] > 0:
+            self.project_in = ConvLayer(3, channels[0], **factory)
+        elif config.downsample == "conv":
+            self.project_in = ConvLayer(3, channels[1], stride=2, **factory)
+        else:
+            self.project_in = PixelUnshuffleConv(3, channels[1], **factory)
+        self.stages = nn.ModuleList()
+        for stage, (width, depth) in enumerate(zip(channels, depths, strict=True)):
+            ops = [
+                EfficientViTBlock(width, config.multiscale, **factory)
+                if config.encoder_attention[stage]
+                else ResBlock(width, **factory)
+                for _ in range(depth)
+            ]
+            if depth > 0 and stage + 1 < len(channels):
+                ops.append(Downsample(width, channels[stage + 1], config.downsample, **factory))
+            self.stages.append(OpSequential(ops))
+        self.project_out = EncoderOut(channels[-1], config.latent_channels, **factory)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.project_in(pixels)
+        for stage in self.stages:
+            x = stage(x)
+        return self.project_out(x)
+
+
+class Decoder(nn.Module):
+    """Latent [B, latent_channels, h, w] to pixels [B, 3, h * compression, w * compression]."""
+
+    def __init__(self, config: DCAEConfig, **factory):
+        super().__init__()
+        channels, depths = config.decoder_channels, config.decoder_depths
+        self.project_in = DecoderIn(config.latent_channels, channels[-1], **factory)
+        self.stages = nn.ModuleList()
+        for stage, (width, depth) in enumerate(zip(channels, depths, strict=True)):
+            ops: list[nn.Module] = []
+            if depth > 0 and stage + 1 < len(channels):
+                ops.append(Upsample(channels[stage + 1], width, config.upsample, **factory))
+            for _ in range(depth):
+                if config.decoder_attention[stage]:
+                    ops.append(EfficientViTBlock(width, config.multiscale, **factory))
+                else:
+                    ops.append(ResBlock(width, config.decoder_batch_norm[stage], **factory))
+            self.stages.append(OpSequential(ops))
+        self.project_out = self._project_out(config, **factory)
+
+    @staticmethod
+    def _project_out(config: DCAEConfig, **factory) -> OpSequential:
+        act = nn.ReLU() if config.decoder_out_act == "relu" else nn.SiLU()
+        if config.decoder_depths[0] > 0:
+            width = config.decoder_channels[0]
+            conv = ConvLayer(width, 3, **factory)
+        else:
+            width = config.decoder_channels[1]
+            conv = (InterpolateConv if config.upsample == "interpolate" else PixelShuffleConv)(width, 3, **factory)
+        return OpSequential([RMSNorm2d(width, **factory), act, conv])
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.project_in(z)
+        for stage in reversed(self.stages):
+            x = stage(x)
+        return self.project_out(x)
+
+
+class DCAE(nn.Module):
+    """The autoencoder. Latents are as the encoder makes them; `config.scaling_factor` brings them to unit deviation."""
+
+    def __init__(
+        self, config: DCAEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config, device=device, dtype=dtype)
+        self.decoder = Decoder(config, device=device, dtype=dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights, which pixels and latents must share."""
+        return next(self.parameters()).dtype
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Encodes pixels.
+
+        Args:
+            pixels: [B, 3, H, W] in [-1, 1]; H and W multiples of `config.spatial_compression`.
+
+        Returns:
+            Unscaled latent [B, latent_channels, H / compression, W / compression].
+
+        Raises:
+            ValueError: a side is not a multiple of the compression.
+        """
+        compression = self.config.spatial_compression
+        if pixels.shape[-1] % compression or pixels.shape[-2] % compression:
+            raise ValueError(
+                f"The autoencoder takes sides that are multiples of {compression}, "
+                f"got {pixels.shape[-1]} x {pixels.shape[-2]} pixels. Crop or resize the picture."
+            )
+        return self.encoder(pixels)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Decodes an unscaled latent [B, latent_channels, h, w] to pixels [B, 3, h * compression, w * compression].
+
+        The pixels are about in [-1, 1], unclamped.
+        """
+        return self.decoder(latent)
