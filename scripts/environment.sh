@@ -26,7 +26,7 @@ find_python() {
 # Debian splits ensurepip off into python3-venv; there, the system's pip fills a bare environment from outside.
 create_environment() {
     local python
-    python=$(find_python)
+    python=$(find_python) || exit 1
     printf 'Creating .venv with %s (%s)\n' "$("$python" --version)" "$python" >&2
     rm -rf .venv
     "$python" -m venv .venv >/dev/null 2>&1 && return

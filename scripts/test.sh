@@ -20,25 +20,28 @@ install_system_packages() {
         printf '*** To run them: sudo apt-get install %s ***\n\n' "${packages[*]}" >&2
         return 0
     fi
-    with_progress "Updating the list of system packages" /tmp/comfyui-sana-apt.log apt-get update
-    with_progress "Installing ${packages[*]}" /tmp/comfyui-sana-apt.log \
+    local log
+    log=$(mktemp)
+    with_progress "Updating the list of system packages" "$log" apt-get update
+    with_progress "Installing ${packages[*]}" "$log" \
         env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${packages[@]}"
 }
 
-# The cheap tests come first, so that a plain mistake shows in seconds.
-run_tests() {
-    .venv/bin/python -m ruff check .
-    if [ $# -gt 0 ]; then
-        .venv/bin/python -m pytest "$@"
-        return
-    fi
-    .venv/bin/python -m pytest -x tests/test_architecture.py tests/test_workflows.py
-    .venv/bin/python -m pytest -m "not server and not browser" --durations=10
-    .venv/bin/python -m pytest -m server --durations=10
-    .venv/bin/python -m pytest -m browser -rs
+run_pytest() {
+    .venv/bin/python -m pytest --durations=10 -rs "$@" || fail "tests FAILED"
 }
 
 install_system_packages
 bash scripts/environment.sh --test
-run_tests "$@" || fail "tests FAILED"
+.venv/bin/python -m ruff check . || fail "ruff check FAILED"
+if [ $# -gt 0 ]; then
+    run_pytest "$@"
+    printf 'ComfyUI-Sana: the chosen tests passed\n'
+    exit
+fi
+# The cheap tests come first, so that a plain mistake shows in seconds.
+run_pytest tests/test_architecture.py tests/test_workflows.py
+run_pytest -m "not server and not browser"
+run_pytest -m server
+run_pytest -m browser
 printf 'ComfyUI-Sana: all tests passed\n'
