@@ -1,6 +1,7 @@
 """Who may import whom: nodes -> pipeline/training -> {checkpoint, text, sampler} -> models -> kernels.
 
-`config` and `resolution` are below all. The rule is read from the source by `ast`, so that an import inside a function counts as well.
+`config` and `resolution` are below all. The rule is read from the source by `ast`, so that an
+import inside a function counts as well.
 """
 
 import ast
