@@ -1,0 +1,1 @@
+"""From noise to latents: schedules give the sigmas, samplers walk along them, guidance makes the denoiser they call."""
