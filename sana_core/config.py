@@ -161,6 +161,5 @@ AUTOENCODERS: dict[str, DCAEConfig] = {
         decoder_attention=(False, False, False, False, False, True),
         multiscale=False,
         downsample="pixel_unshuffle",
-        upsample="pixel_shuffle",
     ),
 }

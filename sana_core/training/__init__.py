@@ -1,0 +1,1 @@
+"""Training: the flow-matching objective, the loop, and the state of a run on disk."""

@@ -1,0 +1,111 @@
+"""First stage of sana-nano: trains its autoencoder on drawn scenes.
+
+    python -m scripts.nano.autoencoder --run runs/nano/autoencoder
+
+The latents are drawn to mean 0 and deviation 1 / scaling_factor per channel while training, so that the published
+models' factor holds for nano too, and blurred with a little noise, so that the decoder forgives the transformer.
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sana_core.checkpoint import save_dc_ae
+from sana_core.config import AUTOENCODERS
+from sana_core.models.dc_ae import DCAE
+from sana_core.training.loop import TrainConfig, train
+
+from . import scenes
+
+PRESET = "dc-ae-nano"
+LATENT_NOISE = 0.1  # of the latents' deviation
+PHASES = ((0.5, 64, 24), (0.8, 128, 8), (1.0, 256, 3))  # until this part of the steps: crop side, batch size
+
+
+def draw_crops(generator: torch.Generator, side: int, count: int) -> Tensor:
+    """Crops [count, 3, side, side] in [-1, 1] of training scenes, on the latent grid and touching the subject."""
+    rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
+    crops = []
+    for _ in range(count):
+        scene = scenes.train_scene(rng)
+        x0, y0, x1, y1 = scenes.subject_box(scene)
+        left, top = (_crop_start(rng, low, high, side) for low, high in ((x0, x1), (y0, y1)))
+        crops.append(scenes.draw(scene)[top : top + side, left : left + side])
+    return to_pixels(np.stack(crops))
+
+
+def _crop_start(rng: np.random.Generator, low: int, high: int, side: int) -> int:
+    """A multiple of 32 whose crop touches [low, high) and stays inside the picture."""
+    first = max(0, (low - side) // 32 + 1)
+    last = min(scenes.SIDE - side, high - 1) // 32
+    return 32 * int(rng.integers(first, last + 1))
+
+
+def to_pixels(pictures: np.ndarray) -> Tensor:
+    """uint8 [B, H, W, 3] to [B, 3, H, W] in [-1, 1], channels last in memory."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def loss_of(steps: int, device: torch.device):
+    """The reconstruction loss of one step of a run of `steps`."""
+
+    def loss(model: DCAE, step: int, generator: torch.Generator) -> Tensor:
+        side, count = next((side, count) for part, side, count in PHASES if step < part * steps or part == 1.0)
+        pixels = draw_crops(generator, side, count).to(device)
+        deviation = 1 / model.config.scaling_factor
+        with torch.autocast(device.type, torch.bfloat16):
+            latent = model.encode(pixels).float()
+            noise = torch.randn(latent.shape, generator=generator).to(device)
+            decoded = model.decode(latent + LATENT_NOISE * deviation * noise).float()
+        channels = latent.transpose(0, 1).flatten(1) / deviation
+        spread = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
+        return F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + 0.02 * spread
+
+    return loss
+
+
+@torch.no_grad()
+def measure(model: DCAE, count: int = 64) -> dict[str, float]:
+    """PSNR in dB over held-out scenes, whole and inside the subject's box, and the statistics of scaled latents."""
+    device = next(model.parameters()).device
+    held_out = scenes.HELD_OUT[:count]
+    pixels = to_pixels(np.stack([scenes.draw(scene) for scene in held_out])).to(device)
+    latents = torch.cat([model.encode(part) for part in pixels.split(8)])
+    decoded = torch.cat([model.decode(part) for part in latents.split(8)]).clamp(-1, 1)
+    errors = (decoded - pixels).square().mean(1) / 4
+    boxes = [scenes.subject_box(scene) for scene in held_out]
+    inside = torch.stack([error[y0:y1, x0:x1].mean() for error, (x0, y0, x1, y1) in zip(errors, boxes, strict=True)])
+    scaled = latents * model.config.scaling_factor
+    return {
+        "psnr": -10 * errors.mean((1, 2)).log10().mean().item(),
+        "psnr_subject": -10 * inside.log10().mean().item(),
+        "latent_mean": scaled.mean().item(),
+        "latent_std": scaled.std().item(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/nano/autoencoder"), help="folder of the run")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--output", type=Path, default=Path("models/vae/dc_ae_nano.safetensors"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO)
+
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    model: nn.Module = DCAE(AUTOENCODERS[PRESET], device=device).to(memory_format=torch.channels_last)
+    config = TrainConfig(steps=args.steps, learning_rate=1.5e-3, decay_steps=args.steps // 2)
+    average = train(model, loss_of(args.steps, device), config, args.run, lambda model, step: measure(model))
+    save_dc_ae(average.to(torch.float16), args.output)
+    logging.info("Wrote %s: %s", args.output, measure(average.float(), len(scenes.HELD_OUT)))
+
+
+if __name__ == "__main__":
+    main()
