@@ -102,11 +102,12 @@ SUBJECTS = (
     Subject("🎸", "guitar", "吉他", "把"),
 )
 
+# Chosen so that no subject disappears: yellow is paler than the star, green darker than the tree.
 BACKGROUNDS = (
-    Background("red", "红色", "🟥", "🔴", (200, 30, 45)),
+    Background("red", "红色", "🟥", "🔴", (180, 20, 40)),
     Background("orange", "橙色", "🟧", "🟠", (245, 130, 30)),
-    Background("yellow", "黄色", "🟨", "🟡", (250, 225, 60)),
-    Background("green", "绿色", "🟩", "🟢", (50, 160, 70)),
+    Background("yellow", "黄色", "🟨", "🟡", (255, 240, 120)),
+    Background("green", "绿色", "🟩", "🟢", (20, 115, 65)),
     Background("blue", "蓝色", "🟦", "🔵", (45, 100, 220)),
     Background("purple", "紫色", "🟪", "🟣", (130, 60, 180)),
     Background("white", "白色", "⬜", "⚪", (250, 250, 250)),
@@ -172,7 +173,7 @@ def _font() -> ImageFont.FreeTypeFont:
 
 
 @cache
-def _bitmap(emoji: str) -> Image.Image:
+def emoji_bitmap(emoji: str) -> Image.Image:
     """The font's bitmap as RGBA, cropped to what can be seen."""
     canvas = Image.new("RGBA", (2 * FONT_SIZE, 2 * FONT_SIZE))
     ImageDraw.Draw(canvas).text((FONT_SIZE // 4, FONT_SIZE // 4), emoji, font=_font(), embedded_color=True)
@@ -186,7 +187,7 @@ def glyph(subject: Subject, size: int) -> tuple[np.ndarray, np.ndarray]:
     Returns (colour [h, w, 3] premultiplied by alpha, in 0..255; transparency [h, w, 1] in 0..256), both uint16: on
     a background b it looks like `colour + transparency * b / 256`. The arrays are shared and read-only.
     """
-    bitmap = _bitmap(subject.emoji)
+    bitmap = emoji_bitmap(subject.emoji)
     scale = size / max(bitmap.size)
     width, height = (2 * round(side * scale / 2) for side in bitmap.size)
     rgba = np.asarray(bitmap.resize((width, height), Image.Resampling.LANCZOS)).astype(np.uint32)
