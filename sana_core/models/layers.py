@@ -1,0 +1,220 @@
+"""The layers of the Sana transformer. Attribute names are the keys of the published checkpoints.
+
+Shapes: B batch, N tokens = h * w latent positions, L caption tokens, C hidden size, H heads.
+Source: NVlabs/Sana `diffusion/model/nets/sana_blocks.py`, `basic_modules.py`, `norms.py`.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SanaConfig
+from ..kernels import Kernels
+
+FLOAT16_MAX = 65504.0
+
+
+class PatchEmbed(nn.Module):
+    """Latent [B, in_channels, h, w] to tokens [B, h * w, C]."""
+
+    def __init__(self, config: SanaConfig, operations, **factory):
+        super().__init__()
+        self.proj = operations.Conv2d(config.in_channels, config.hidden_size, 1, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+def position_embedding(config: SanaConfig, height: int, width: int, device: torch.device) -> Tensor:
+    """Two-dimensional sine-cosine embedding [height * width, C] of the 2K and 4K models, float32.
+
+    Coordinates span base / interpolation whatever the size is, so the embedding depends on (height, width) and not
+    on the count of tokens. The first half of the channels encodes the column, the second half the row, each as
+    sines and then cosines (NVlabs/Sana `sana.py`, `get_2d_sincos_pos_embed`).
+    """
+    quarter = config.hidden_size // 4
+    omega = 10000.0 ** (-torch.arange(quarter, device=device, dtype=torch.float64) / quarter)
+
+    def encode(length: int) -> Tensor:
+        index = torch.arange(length, device=device, dtype=torch.float64)
+        angle = torch.outer(index * config.pos_embed_base / length / config.pos_embed_interpolation, omega)
+        return torch.cat([angle.sin(), angle.cos()], dim=1).float()
+
+    columns = encode(width)[None].expand(height, -1, -1)
+    rows = encode(height)[:, None].expand(-1, width, -1)
+    return torch.cat([columns, rows], dim=2).flatten(0, 1)
+
+
+class TimestepEmbedder(nn.Module):
+    """A scalar [B] to [B, C], through 256 cosines and sines in float32."""
+
+    NUM_FREQUENCIES = 128
+    MAX_PERIOD = 10000
+
+    def __init__(self, config: SanaConfig, operations, **factory):
+        super().__init__()
+        self.mlp = nn.Sequential(
+            operations.Linear(2 * self.NUM_FREQUENCIES, config.hidden_size, **factory),
+            nn.SiLU(),
+            operations.Linear(config.hidden_size, config.hidden_size, **factory),
+        )
+
+    def forward(self, scalar: Tensor, dtype: torch.dtype) -> Tensor:
+        index = torch.arange(self.NUM_FREQUENCIES, device=scalar.device, dtype=torch.float32)
+        frequencies = torch.exp(-math.log(self.MAX_PERIOD) / self.NUM_FREQUENCIES * index)
+        angle = scalar.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(dtype))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with tanh-approximated GELU between them."""
+
+    def __init__(self, in_features: int, out_features: int, operations, **factory):
+        super().__init__()
+        self.fc1 = operations.Linear(in_features, out_features, **factory)
+        self.act = nn.GELU(approximate="tanh")
+        self.fc2 = operations.Linear(out_features, out_features, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class CaptionEmbedder(nn.Module):
+    """Text features [B, L, caption_channels] to [B, L, C]."""
+
+    def __init__(self, config: SanaConfig, operations, **factory):
+        super().__init__()
+        self.y_proj = Mlp(config.caption_channels, config.hidden_size, operations, **factory)
+
+    def forward(self, context: Tensor) -> Tensor:
+        return self.y_proj(context)
+
+
+class LinearAttention(nn.Module):
+    """ReLU linear self-attention; q and k are normalised over all C, before the split into heads."""
+
+    EPS = 1e-8  # of the normaliser
+
+    def __init__(self, config: SanaConfig, operations, kernels: Kernels, **factory):
+        super().__init__()
+        size = config.hidden_size
+        self.head_dim = config.head_dim
+        self.clamps = config.clamps_attention
+        self.kernels = kernels
+        self.qkv = operations.Linear(size, 3 * size, bias=False, **factory)
+        self.q_norm = operations.RMSNorm(size, eps=1e-5, **factory) if config.qk_norm else nn.Identity()
+        self.k_norm = operations.RMSNorm(size, eps=1e-5, **factory) if config.qk_norm else nn.Identity()
+        self.proj = operations.Linear(size, size, **factory)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_norm(q), self.k_norm(k), v))
+        out = self.proj(self.kernels.linear_attention(q, k, v, self.EPS).flatten(2))
+        return out.clamp(-FLOAT16_MAX, FLOAT16_MAX) if self.clamps else out
+
+
+class CrossAttention(nn.Module):
+    """Softmax attention of the tokens over the caption, whose keys and values do not depend on the step."""
+
+    def __init__(self, config: SanaConfig, operations, kernels: Kernels, **factory):
+        super().__init__()
+        size = config.hidden_size
+        self.num_heads = config.num_cross_heads
+        self.kernels = kernels
+        self.q_linear = operations.Linear(size, size, **factory)
+        self.kv_linear = operations.Linear(size, 2 * size, **factory)
+        self.q_norm = operations.RMSNorm(size, eps=1e-6, **factory) if config.qk_norm else nn.Identity()
+        self.k_norm = operations.RMSNorm(size, eps=1e-6, **factory) if config.qk_norm else nn.Identity()
+        self.proj = operations.Linear(size, size, **factory)
+
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, L, H, C / H] of a caption [B, L, C]."""
+        k, v = self.kv_linear(context).chunk(2, dim=-1)
+        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (self.k_norm(k), v))
+        return k, v
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        q = self.q_norm(self.q_linear(x)).unflatten(-1, (self.num_heads, -1))
+        return self.proj(self.kernels.attention(q, k, v, mask).flatten(2))
+
+
+class ConvLayer(nn.Module):
+    """A convolution, under the checkpoint's name for it."""
+
+    def __init__(self, conv: nn.Module):
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class GLUMBConv(nn.Module):
+    """Mix-FFN: a gated feed-forward with a depthwise 3x3 convolution over the latent positions."""
+
+    def __init__(self, config: SanaConfig, operations, kernels: Kernels, **factory):
+        super().__init__()
+        size = config.hidden_size
+        hidden = int(size * config.mlp_ratio)
+        self.kernels = kernels
+        self.act = nn.SiLU()
+        self.inverted_conv = ConvLayer(operations.Conv2d(size, 2 * hidden, 1, **factory))
+        self.depth_conv = ConvLayer(
+            operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory)
+        )
+        self.point_conv = ConvLayer(operations.Conv2d(hidden, size, 1, bias=False, **factory))
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        # tokens seen as a channels-last picture, and back: views, no copies
+        x = x.transpose(1, 2).unflatten(2, (height, width))
+        x = self.depth_conv(self.act(self.inverted_conv(x)))
+        x = self.point_conv(self.kernels.gated_linear_unit(x))
+        return x.flatten(2).transpose(1, 2)
+
+
+class SanaBlock(nn.Module):
+    """Linear self-attention, cross-attention and feed-forward, the first and last modulated by the timestep."""
+
+    def __init__(self, config: SanaConfig, operations, kernels: Kernels, **factory):
+        super().__init__()
+        size = config.hidden_size
+        self.kernels = kernels
+        self.attn = LinearAttention(config, operations, kernels, **factory)
+        self.cross_attn = CrossAttention(config, operations, kernels, **factory)
+        self.mlp = GLUMBConv(config, operations, kernels, **factory)
+        self.scale_shift_table = nn.Parameter(torch.randn(6, size, **factory) / size**0.5)
+
+    def forward(
+        self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None, t0: Tensor, height: int, width: int
+    ) -> Tensor:
+        """Runs the block.
+
+        Args:
+            x: [B, N, C].
+            keys_values: of this block's cross-attention.
+            mask: [B, L] bool, or None.
+            t0: [B, 6C], from the timestep.
+            height, width: of the latent; N = height * width.
+        """
+        modulation = self.scale_shift_table.to(t0) + t0.unflatten(1, (6, -1))
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+        modulate, gated_residual = self.kernels.modulate, self.kernels.gated_residual
+        x = gated_residual(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa)))
+        x = x + self.cross_attn(x, *keys_values, mask)
+        return gated_residual(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp), height, width))
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, N, C] to the velocity of each latent position [B, N, in_channels], modulated by the timestep."""
+
+    def __init__(self, config: SanaConfig, operations, kernels: Kernels, **factory):
+        super().__init__()
+        size = config.hidden_size
+        self.kernels = kernels
+        self.linear = operations.Linear(size, config.in_channels, **factory)
+        self.scale_shift_table = nn.Parameter(torch.randn(2, size, **factory) / size**0.5)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        shift, scale = (self.scale_shift_table.to(t) + t[:, None]).chunk(2, dim=1)
+        return self.linear(self.kernels.modulate(x, shift, scale))

@@ -1,0 +1,140 @@
+"""The Sana transformer (arXiv:2410.10629): 1.0, 1.5 (arXiv:2501.18427) and Sprint (arXiv:2503.09641).
+
+Attribute names are the keys of the published checkpoints (NVlabs/Sana `sana_multi_scale.py`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..config import SanaConfig
+from ..kernels import REFERENCE, Kernels
+from .layers import CaptionEmbedder, FinalLayer, PatchEmbed, SanaBlock, TimestepEmbedder, position_embedding
+
+GUIDANCE_SCALE = 0.1  # Sprint embeds a tenth of the guidance scale
+
+
+@dataclass(frozen=True)
+class ContextCache:
+    """What all steps of a prompt share: each block's cross-attention keys and values, without the padding."""
+
+    keys_values: tuple[tuple[Tensor, Tensor], ...]  # per block, [B, L, H, D] each
+    mask: Tensor | None  # [B, L] bool; None where every caption is L long
+
+
+class SanaTransformer(nn.Module):
+    """Predicts the velocity noise - x0 of a noised latent."""
+
+    def __init__(
+        self,
+        config: SanaConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        operations=nn,
+        kernels: Kernels = REFERENCE,
+    ):
+        """Builds the network.
+
+        Args:
+            config: architecture.
+            operations: the class or module that Linear, Conv2d and RMSNorm come from.
+            kernels: the functions between the layers.
+        """
+        super().__init__()
+        factory = {"device": device, "dtype": dtype}
+        size = config.hidden_size
+        self.config = config
+        self.x_embedder = PatchEmbed(config, operations, **factory)
+        self.t_embedder = TimestepEmbedder(config, operations, **factory)
+        if config.guidance_embed:
+            self.cfg_embedder = TimestepEmbedder(config, operations, **factory)
+        self.t_block = nn.Sequential(nn.SiLU(), operations.Linear(size, 6 * size, **factory))
+        self.y_embedder = CaptionEmbedder(config, operations, **factory)
+        self.attention_y_norm = operations.RMSNorm(size, eps=1e-5, **factory)
+        self.blocks = nn.ModuleList(SanaBlock(config, operations, kernels, **factory) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config, operations, kernels, **factory)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        return self.final_layer.scale_shift_table.dtype
+
+    def prepare_context(self, context: Tensor, mask: Tensor | None = None) -> ContextCache:
+        """Computes what all steps of a prompt share.
+
+        Args:
+            context: raw text features [B, L, caption_channels].
+            mask: [B, L], bool or 0/1, 1 = attend; None attends to all.
+
+        Raises:
+            ValueError: a caption has no token to attend to.
+        """
+        context, mask = drop_padding(context, mask)
+        context = self.attention_y_norm(self.y_embedder(context))
+        return ContextCache(tuple(block.cross_attn.keys_values(context) for block in self.blocks), mask)
+
+    def embed_timestep(self, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Embedding [B, C] of the timestep [B], and of the guidance scale [B] where the model takes one.
+
+        Raises:
+            ValueError: guidance is missing, or given to a model that takes none.
+        """
+        if (guidance is not None) != self.config.guidance_embed:
+            takes = "needs" if self.config.guidance_embed else "takes no"
+            raise ValueError(f"This model {takes} embedded guidance; guidance is {guidance}. Only Sprint embeds it.")
+        t = self.t_embedder(timestep * self.config.timestep_scale, dtype)
+        return t if guidance is None else t + self.cfg_embedder(guidance * GUIDANCE_SCALE, dtype)
+
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        context: Tensor | ContextCache,
+        mask: Tensor | None = None,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """Predicts the velocity.
+
+        Args:
+            x: noised, scaled latent [B, in_channels, h, w].
+            timestep: [B], used as given: 0..1000, for Sprint 0..1.
+            context: raw text features [B, L, caption_channels], or what `prepare_context` made of them.
+            mask: [B, L], bool or 0/1, 1 = attend. Part of a prepared context.
+            guidance: [B] guidance scale, Sprint only.
+
+        Returns:
+            Velocity, shape of x.
+        """
+        if not isinstance(context, ContextCache):
+            context = self.prepare_context(context, mask)
+        height, width = x.shape[-2:]
+        t = self.embed_timestep(timestep, guidance, x.dtype)
+        t0 = self.t_block(t)
+        tokens = self.x_embedder(x)
+        if self.config.pos_embed_base is not None:
+            tokens = tokens + position_embedding(self.config, height, width, x.device).to(tokens)
+        for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
+            tokens = block(tokens, keys_values, context.mask, t0, height, width)
+        return self.final_layer(tokens, t).transpose(1, 2).unflatten(2, (height, width))
+
+
+def drop_padding(context: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Shortens captions [B, L, C] to the longest one's attended tokens; the mask is None where all are that long.
+
+    Attention does not depend on the order of its keys, so attended tokens may move to the front.
+
+    Raises:
+        ValueError: a caption has no token to attend to.
+    """
+    if mask is None:
+        return context, None
+    mask = mask.bool()
+    lengths = mask.sum(dim=1)
+    shortest, longest = torch.stack([lengths.min(), lengths.max()]).tolist()
+    if shortest == 0:
+        raise ValueError("The attention mask of a caption is all zero: attend to one token at least, its first.")
+    order = mask.byte().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    context = context.gather(1, order[:, :, None].expand(-1, -1, context.shape[-1]))
+    return context, None if shortest == longest else mask.gather(1, order)
