@@ -164,13 +164,14 @@ def score(picture: np.ndarray) -> Guess:
 
 
 def compare(guesses: Iterable[Guess], scenes: Iterable[Scene]) -> Scores:
-    """Fractions of the guesses that name what their scene asks for. Raises ValueError where the counts differ."""
+    """Fractions of the guesses that name what their scene asks for. Raises ValueError where the counts differ or are 0."""
+    guesses, scenes = list(guesses), list(scenes)
+    if len(guesses) != len(scenes) or not guesses:
+        raise ValueError(f"As many pictures as scenes are needed: found {len(guesses)} pictures, {len(scenes)} scenes.")
     hits = [
         (guess.background == scene.background, guess.place == scene.place, guess.subject == scene.subject)
         for guess, scene in zip(guesses, scenes, strict=True)
     ]
-    if not hits:
-        raise ValueError("There is no picture to score.")
     return Scores(*(float(fraction) for fraction in np.mean(hits, axis=0)))
 
 
