@@ -164,7 +164,7 @@ def score(picture: np.ndarray) -> Guess:
 
 
 def compare(guesses: Iterable[Guess], scenes: Iterable[Scene]) -> Scores:
-    """Fractions of the guesses that name what their scene asks for. Raises ValueError where the counts differ or are 0."""
+    """Fractions of the guesses that name what their scene asks for. Raises ValueError for unequal counts or none."""
     guesses, scenes = list(guesses), list(scenes)
     if len(guesses) != len(scenes) or not guesses:
         raise ValueError(f"As many pictures as scenes are needed: found {len(guesses)} pictures, {len(scenes)} scenes.")
