@@ -112,13 +112,12 @@ def free_port(wanted):
 def load_workflow(prompt, seed):
     """Reads the default workflow in API format; returns it with the wanted prompt and seed, and the prompt it holds."""
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    sampler = next(node for node in workflow.values() if node["class_type"] == "SanaSampler")
-    positive = workflow[sampler["inputs"]["positive"][0]]
+    inputs = {node["class_type"]: node["inputs"] for node in workflow.values()}
     if prompt is not None:
-        positive["inputs"]["text"] = prompt
+        inputs["SanaPromptEncode"]["prompt"] = prompt
     if seed is not None:
-        sampler["inputs"]["seed"] = seed
-    return workflow, positive["inputs"]["text"]
+        inputs["SanaSampler"]["seed"] = seed
+    return workflow, inputs["SanaPromptEncode"]["prompt"]
 
 
 async def queue_workflow(session, server, workflow, client_id):
@@ -188,7 +187,7 @@ def main():
             if arguments.serve:
                 status.end(f"ComfyUI-Sana: ComfyUI runs at {server.address} until you press Ctrl-C")
                 server.process.wait()
-        except DemoError as error:
+        except (DemoError, aiohttp.ClientError) as error:
             status.end(f"\nThe last lines of {server.log}:\n{server.last_lines()}\n\nComfyUI-Sana: {error}")
             return 1
         except KeyboardInterrupt:

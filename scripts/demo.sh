@@ -6,6 +6,7 @@
 #   PYTHON          the interpreter to build .venv with (Python 3.10 to 3.13)
 #   COMFYUI_PATH    a ComfyUI to use instead of the pinned one
 set -euo pipefail
+[ -z "${COMFYUI_PATH:-}" ] || COMFYUI_PATH=$(realpath "$COMFYUI_PATH")  # it may be relative to here
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/environment.sh

@@ -19,7 +19,7 @@ find_python() {
             return
         fi
     done
-    fail "needs Python 3.10, 3.11, 3.12 or 3.13; found $(python3 --version 2>&1 || true)." \
+    fail "needs Python 3.10, 3.11, 3.12 or 3.13; found $("${PYTHON:-python3}" --version 2>&1 || true)." \
         "Install one and name it: PYTHON=/path/to/python3.12 bash scripts/demo.sh"
 }
 

@@ -4,6 +4,7 @@
 #   CI              when set, a test that cannot run here (no browser, no emoji font) is a failure, not a skip
 #   COMFYUI_PATH    a ComfyUI to test with instead of the pinned one
 set -euo pipefail
+[ -z "${COMFYUI_PATH:-}" ] || COMFYUI_PATH=$(realpath "$COMFYUI_PATH")  # it may be relative to here
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/progress.sh
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import aiohttp
 from demo import OUTPUT, Server, Status, free_port, queue_workflow, wait_for_images
 from PIL import Image
-from playwright.sync_api import sync_playwright
+from playwright.async_api import async_playwright
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 CHROMIUM = "/usr/bin/chromium"
@@ -25,9 +25,9 @@ HUGGING_FACE = "https://huggingface.co"
 
 GROUPS = [  # title, colour, nodes by their title in the API file; one column each, from the left
     ("1. Models", "#3f789e", ["Transformer", "Text encoder", "Autoencoder"]),
-    ("2. What to draw", "#8a8", ["Prompt", "Negative prompt", "Size"]),
-    ("3. Draw it", "#b06634", ["Sampler", "Decode"]),
-    ("4. The picture", "#88a", ["Picture"]),
+    ("2. What to draw", "#8a8", ["Prompt", "Size"]),
+    ("3. Draw it", "#b06634", ["Sampler"]),
+    ("4. The picture", "#88a", ["Decode", "Picture"]),
 ]
 
 NOTES = {  # Markdown, shown left of the groups
@@ -92,7 +92,8 @@ MODELS = {  # workflow -> node title -> the file that the node wants
 # Places the nodes of an API workflow in columns, one group each, and returns the graph as the front end saves it.
 LAY_OUT = """
 async ({ name, api, groups, note, models, id }) => {
-  const GAP = 30, TITLE = LiteGraph.NODE_TITLE_HEIGHT, HEADER = 50, WIDTH = 340, LOW = 100;
+  const GAP = 30, TITLE = LiteGraph.NODE_TITLE_HEIGHT, HEADER = 50, WIDTH = 330;
+  const LEAST_HEIGHT = { SanaPromptEncode: 200, SaveImage: 400 };
   await app.loadApiJson(api, name);
   const graph = app.graph;
   const byTitle = new Map(graph.nodes.map((node) => [api[node.id]._meta.title, node]));
@@ -102,10 +103,8 @@ async ({ name, api, groups, note, models, id }) => {
     for (const member of members) {
       const node = byTitle.get(member);
       node.title = member;
-      const [, height] = node.computeSize();
-      const tall = node.widgets?.some((widget) => widget.type === "customtext") || node.type === "SaveImage";
       node.pos = [x + GAP, y];
-      node.setSize([WIDTH, Math.max(height, node.type === "SaveImage" ? 420 : tall ? 200 : LOW)]);
+      node.setSize([WIDTH, Math.max(node.computeSize()[1], LEAST_HEIGHT[node.type] ?? 0)]);
       y += node.size[1] + TITLE + GAP;
       for (const widget of node.widgets ?? [])
         if (widget.name === "control_after_generate") widget.value = "fixed";
@@ -123,29 +122,19 @@ async ({ name, api, groups, note, models, id }) => {
   graph.add(reader);
   reader.title = noteTitle;
   reader.widgets[0].value = noteText;
-  reader.pos = [-480 - GAP, TITLE];
-  reader.setSize([480, 520]);
-  const saved = graph.serialize();
-  return { ...saved, id, revision: 0, extra: {} };
+  reader.pos = [-420 - GAP, TITLE];
+  reader.setSize([420, 500]);
+  return JSON.stringify({ ...graph.serialize(), id, revision: 0, extra: {} });
 }
 """
 
 
-async def draw(server, api):
+async def draw(session, server, api):
     """Runs an API workflow; returns the path of its picture."""
-    async with aiohttp.ClientSession() as session:
-        client_id = uuid.uuid4().hex
-        async with session.ws_connect(f"{server.address}/ws?clientId={client_id}", max_msg_size=0) as socket:
-            prompt_id = await queue_workflow(session, server, api, client_id)
-            return (await wait_for_images(socket, prompt_id, api, Status()))[0]
-
-
-async def prepare(server):
-    """Waits for the server and dismisses the tutorial, which would cover the graph."""
-    async with aiohttp.ClientSession() as session:
-        await server.wait_until_up(session, Status())
-        async with session.post(f"{server.address}/api/settings/Comfy.TutorialCompleted", json=True) as response:
-            response.raise_for_status()
+    client_id = uuid.uuid4().hex
+    async with session.ws_connect(f"{server.address}/ws?clientId={client_id}", max_msg_size=0) as socket:
+        prompt_id = await queue_workflow(session, server, api, client_id)
+        return (await wait_for_images(socket, prompt_id, api, Status()))[0]
 
 
 def save_thumbnail(source, target):
@@ -157,56 +146,62 @@ def save_thumbnail(source, target):
         square.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS).save(target, quality=88)
 
 
-def author(page, path):
-    """Writes the UI workflow of one API file; returns the screenshot of its graph."""
-    name, api = path.stem, json.loads(path.read_text(encoding="utf-8"))
-    models = MODELS.get(name, {})
+def note_of(name):
+    """Title and text of a workflow's note."""
     title, text = NOTES[name]
-    if models:
-        text = text.format(
-            transformer=models["Transformer"]["url"],
-            text_encoder=models["Text encoder"]["url"],
-            autoencoder=models["Autoencoder"]["url"],
-        )
-    graph = page.evaluate(
-        LAY_OUT,
-        {
-            "name": name,
-            "api": api,
-            "groups": GROUPS,
-            "note": [title, text],
-            "models": models,
-            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
-        },
+    urls = {node.lower().replace(" ", "_"): model["url"] for node, model in MODELS.get(name, {}).items()}
+    return title, text.format(**urls)
+
+
+async def open_front_end(playwright, server):
+    """Opens ComfyUI's page in Chromium and returns it."""
+    browser = await playwright.chromium.launch(
+        executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     )
+    page = await browser.new_page(viewport={"width": 1800, "height": 1000})
+    await page.goto(server.address)
+    await page.wait_for_function("window.app?.isGraphReady", timeout=60_000)
+    return page
+
+
+async def author(page, name, api):
+    """Writes the UI workflow of an API workflow; returns the screenshot of its graph."""
+    arguments = {
+        "name": name,
+        "api": api,
+        "groups": GROUPS,
+        "note": note_of(name),
+        "models": MODELS.get(name, {}),
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
+    }
+    graph = json.loads(await page.evaluate(LAY_OUT, arguments))
     target = WORKFLOWS / f"{name}.json"
     target.write_text(json.dumps(graph, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    page.evaluate("async (graph) => { await app.loadGraphData(graph, true, true, 'check') }", graph)
-    page.evaluate("async () => { await app.extensionManager.command.execute('Comfy.Canvas.FitView') }")
-    page.wait_for_timeout(1500)
+
+    await page.evaluate("graph => app.loadGraphData(graph, true, true, 'check')", graph)
+    await page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    await page.wait_for_timeout(1500)  # the view glides there
     screenshot = OUTPUT / f"{name}_graph.png"
-    page.screenshot(path=screenshot)
+    await page.screenshot(path=screenshot)
     print(f"{target} (its graph: {screenshot})")
     return screenshot
 
 
-def main():
-    sources = sorted((WORKFLOWS / "api").glob("*.json"))
-    with Server(Path(os.environ["COMFYUI_PATH"]), free_port(8188)) as server, sync_playwright() as playwright:
-        asyncio.run(prepare(server))
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        )
-        page = browser.new_page(viewport={"width": 1800, "height": 1000})
-        page.goto(server.address)
-        page.wait_for_function("window.app?.isGraphReady", timeout=60_000)
-        for path in sources:
-            picture = author(page, path)
-            if path.stem not in MODELS:  # nothing to download: the thumbnail shows what the workflow draws
-                picture = asyncio.run(draw(server, json.loads(path.read_text(encoding="utf-8"))))
-            save_thumbnail(picture, WORKFLOWS / f"{path.stem}.jpg")
-        browser.close()
+async def main():
+    with Server(Path(os.environ["COMFYUI_PATH"]), free_port(8188)) as server:
+        async with aiohttp.ClientSession() as session, async_playwright() as playwright:
+            await server.wait_until_up(session, Status())
+            # A first visitor's tutorial would cover the graph.
+            await session.post(f"{server.address}/api/settings/Comfy.TutorialCompleted", json=True)
+            page = await open_front_end(playwright, server)
+            for path in sorted((WORKFLOWS / "api").glob("*.json")):
+                api = json.loads(path.read_text(encoding="utf-8"))
+                picture = await author(page, path.stem, api)
+                if path.stem not in MODELS:  # nothing to download: the thumbnail shows what the workflow draws
+                    picture = await draw(session, server, api)
+                save_thumbnail(picture, path.parents[1] / f"{path.stem}.jpg")
+            await page.context.browser.close()
 
 
 if __name__ == "__main__":
-    main()
+    asyncio.run(main())
