@@ -35,10 +35,13 @@ unpack_pinned() {
 # A pack that was cloned into custom_nodes is there already.
 link_pack() {
     local custom_nodes=$1/custom_nodes pack
-    for pack in "$custom_nodes"/*/; do
-        [ "$(realpath "$pack")" != "$PWD" ] || return 0
+    mkdir -p "$custom_nodes"
+    for pack in "$custom_nodes"/*; do
+        [ "$(realpath "$pack")" != "$(realpath .)" ] || return 0
     done
-    ln -sfn "$PWD" "$custom_nodes/ComfyUI-Sana"
+    pack=$custom_nodes/ComfyUI-Sana
+    [ -L "$pack" ] || [ ! -e "$pack" ] || fail "$pack is another copy of this pack: move it away, or run its own scripts"
+    ln -sfn "$PWD" "$pack"
 }
 
 main() {
