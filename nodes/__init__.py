@@ -1,0 +1,46 @@
+"""The table of contents of the pack: every node, and what happens once when ComfyUI loads it."""
+
+from pathlib import Path
+
+import folder_paths
+from comfy_api.latest import ComfyExtension, io
+
+from .autoencoder import SanaDCAEDecode, SanaDCAEEncode
+from .conditioning import SanaPromptEncode
+from .latent import SanaEmptyLatent, SanaResolution
+from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
+from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
+
+NODES: list[type[io.ComfyNode]] = [
+    SanaDiffusionModelLoader,
+    SanaTextEncoderLoader,
+    SanaDCAELoader,
+    SanaPromptEncode,
+    SanaEmptyLatent,
+    SanaResolution,
+    SanaDCAEEncode,
+    SanaDCAEDecode,
+    SanaSampler,
+    SanaFlowDPMSolver,
+    SanaScheduler,
+]
+
+_MODELS = Path(__file__).parents[1] / "models"
+
+
+class SanaExtension(ComfyExtension):
+    """Registers the nodes, and the models that ship with the pack."""
+
+    async def on_load(self) -> None:
+        """Let every loader of ComfyUI, the stock ones too, list the pack's own small models."""
+        for folder in ("diffusion_models", "text_encoders", "vae"):
+            folder_paths.add_model_folder_path(folder, str(_MODELS / folder))
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        """Every node of the pack."""
+        return list(NODES)
+
+
+async def comfy_entrypoint() -> SanaExtension:
+    """What ComfyUI calls after it has imported the pack."""
+    return SanaExtension()

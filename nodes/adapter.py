@@ -1,0 +1,209 @@
+"""ComfyUI's MODEL around the Sana transformer: latent format, settings, conditioning, loading."""
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+
+import comfy.conds
+import comfy.latent_formats
+import comfy.model_base
+import comfy.model_management
+import comfy.model_patcher
+import comfy.patcher_extension
+import comfy.supported_models_base
+import comfy.utils
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..sana_core.checkpoint import check_weights, config_tensor, read_transformer
+from ..sana_core.config import TRANSFORMERS, SanaConfig
+from ..sana_core.models.sana import SanaTransformer
+from ..sana_core.pipeline import require_finite
+from .hooks import Hooks
+
+log = logging.getLogger(__name__)
+
+FLOOR_TIMESTEPS = "sana_floor_timesteps"  # in transformer_options: feed whole timesteps, as official Flow-DPM does
+
+_PREVIEW_FACTORS = json.loads(Path(__file__).with_name("preview_factors.json").read_text(encoding="utf-8"))
+
+
+class SanaLatent(comfy.latent_formats.LatentFormat):
+    """Latents of the 32-pixel, 32-channel DC-AE. Outside of the MODEL they are unscaled."""
+
+    scale_factor = 0.41407
+    latent_channels = 32
+    latent_dimensions = 2
+    spacial_downscale_ratio = 32  # core's spelling
+
+    def __init__(self, autoencoder: str):
+        """`autoencoder`: whose previews to show, a key of preview_factors.json; without factors there are none."""
+        preview = _PREVIEW_FACTORS[autoencoder]
+        if preview is not None:
+            self.latent_rgb_factors = preview["factors"]
+            self.latent_rgb_factors_bias = preview["bias"]
+
+
+class ComfySana(SanaTransformer):
+    """The transformer with ComfyUI's calling convention, attention backends and patches."""
+
+    def __init__(self, image_model: str, config: SanaConfig, *, device=None, dtype=None, operations):
+        """`image_model` is core's name for the family, which it passes with the rest of the configuration."""
+        hooks = Hooks()
+        factory = {"dtype": dtype, "operations": operations}
+        if dtype is not None and dtype.itemsize == 1:
+            factory = _float8_factory(dtype, operations)
+        super().__init__(config, device=device, kernels=hooks.kernels, **factory)
+        self.image_model = image_model
+        self.weight_dtype = dtype
+        self.hooks = hooks
+        hooks.attach(self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype that the weights were asked for in: with dynamic loading they come in it only when they are used."""
+        return self.weight_dtype
+
+    def forward(self, x, timesteps, context=None, attention_mask=None, transformer_options=None, **kwargs) -> Tensor:
+        """Velocity of x [B, C, h, w] at timesteps [B] in 0..1000; context [B, L, C], attention_mask [B, L]."""
+        options = transformer_options or {}
+        wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
+        executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
+        return executor.execute(x, timesteps, context, attention_mask, options, **kwargs)
+
+    def _forward(self, x, timesteps, context, attention_mask, transformer_options, guidance=None, **_) -> Tensor:
+        # Models that divide the timestep themselves were trained on fractions.
+        if transformer_options.get(FLOOR_TIMESTEPS) and self.config.timestep_scale == 1:
+            timesteps = timesteps.floor()
+        with self.hooks.using(transformer_options):
+            return super().forward(x, timesteps, context, attention_mask, guidance)
+
+
+def _float8_factory(dtype: torch.dtype, operations) -> dict:
+    """Arguments of SanaTransformer for 8-bit linear layers and convolutions; norms and tables need more digits."""
+
+    def narrow(layer):
+        return lambda *args, **kwargs: layer(*args, **{**kwargs, "dtype": dtype})
+
+    layers = SimpleNamespace(
+        Linear=narrow(operations.Linear), Conv2d=narrow(operations.Conv2d), RMSNorm=operations.RMSNorm
+    )
+    return {"dtype": torch.bfloat16, "operations": layers}
+
+
+class SanaModel(comfy.model_base.BaseModel):
+    """The MODEL: how sampling talks to the transformer."""
+
+    def __init__(self, model_config: "SanaModelConfig", device=None):
+        super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=ComfySana)
+
+    def process_timestep(self, timestep, **_):
+        """Timesteps in 0..1000 whatever ModelSamplingAuraFlow or ModelSamplingFlux, who use 0..1, were put in."""
+        return timestep * (1000.0 / getattr(self.model_sampling, "multiplier", 1.0))
+
+    def extra_conds(self, **kwargs) -> dict:
+        """Caption features and their mask. Raises ValueError for a conditioning that is not for this model."""
+        out = super().extra_conds(**kwargs)
+        config = self.diffusion_model.config
+        if config.guidance_embed:
+            raise ValueError("This is a Sana-Sprint model, which flow samplers cannot sample. Load a base model.")
+        context = kwargs.get("cross_attn")
+        if context is None or context.shape[-1] != config.caption_channels:
+            found = "no text features" if context is None else f"text features of width {context.shape[-1]}"
+            raise ValueError(
+                f"The conditioning has {found}, this Sana model reads width {config.caption_channels}. Encode the "
+                "prompt with the text encoder that belongs to the model: 2304 is Gemma-2-2b, 192 that of sana-nano."
+            )
+        require_finite(context, "the text encoder")
+        # Not CONDCrossAttn, which repeats the shorter of two captions: with a mask that changes the result.
+        out["c_crossattn"] = comfy.conds.CONDRegular(context)
+        mask = kwargs.get("attention_mask")
+        if mask is not None:
+            out["attention_mask"] = comfy.conds.CONDRegular(_fitted_mask(mask, context.shape[1]))
+        return out
+
+    def process_latent_in(self, latent):
+        """Scale latents for sampling. Raises FloatingPointError for NaN."""
+        return super().process_latent_in(require_finite(latent, "whatever made the latent to sample from"))
+
+    def process_latent_out(self, latent):
+        """Unscale sampled latents. Raises FloatingPointError for NaN, so that no black picture follows."""
+        return super().process_latent_out(require_finite(latent, "the Sana transformer"))
+
+
+def _fitted_mask(mask: Tensor, length: int) -> Tensor:
+    """Mask [B, length] of 0 and 1. Captions that ConditioningConcat appended have no mask: they are attended to."""
+    mask = (mask > 0.5).long()[:, :length]
+    return pad(mask, (0, length - mask.shape[1]), value=1)
+
+
+class SanaModelConfig(comfy.supported_models_base.BASE):
+    """What core asks a model family for."""
+
+    unet_extra_config = {}
+    vae_key_prefix = ["vae."]
+    text_encoder_key_prefix = ["text_encoders."]
+
+    def __init__(self, config: SanaConfig):
+        self.latent_format = lambda: SanaLatent(_autoencoder_of(config))  # the base class calls it
+        self.sampling_settings = {"shift": config.shift}
+        super().__init__({"image_model": "sana", "config": config})
+        # The models that were trained in float16 are safe in it, since they clamp; others overflow.
+        trained_in = [torch.float16] if config.dtype == "float16" else []
+        self.supported_inference_dtypes = [torch.bfloat16, *trained_in, torch.float32]
+        # An estimate in core's unit from the widest activations, those of the feed-forward: 4 for the 1.6B model.
+        self.memory_usage_factor = config.hidden_size * config.mlp_ratio / 1400
+
+    def get_model(self, state_dict, prefix="", device=None) -> SanaModel:
+        """The MODEL's model, without weights."""
+        return SanaModel(self, device=device)
+
+    def process_unet_state_dict_for_saving(self, state_dict):
+        """Add the configuration, which shapes do not tell in full, as a tensor: core drops the file's metadata."""
+        state_dict = {**state_dict, "sana_config": config_tensor(self.unet_config["config"])}
+        return super().process_unet_state_dict_for_saving(state_dict)
+
+
+def _autoencoder_of(config: SanaConfig) -> str:
+    """Whose latents a transformer draws, as far as its text encoder's width tells."""
+    nano = config.caption_channels == TRANSFORMERS["sana-nano"].caption_channels
+    return "dc-ae-nano" if nano else "dc-ae-f32c32-sana"
+
+
+def load_model(
+    path: str | Path,
+    variant: str | None = None,
+    dtype: torch.dtype | None = None,
+    disable_dynamic: bool = False,
+) -> comfy.model_patcher.ModelPatcher:
+    """Load a Sana transformer, a file or a folder, as ComfyUI's MODEL.
+
+    variant: name of a preset, where file and shapes cannot tell; None detects it.
+    dtype: of the weights; None lets ComfyUI choose.
+    disable_dynamic: core's wish for a plain patcher.
+    """
+    config, state_dict = read_transformer(path, variant=variant)
+    expected = SanaTransformer(config, device="meta").state_dict()
+    check_weights(state_dict, {key: tuple(tensor.shape) for key, tensor in expected.items()}, path)
+    model_config = SanaModelConfig(config)
+    load_device = comfy.model_management.get_torch_device()
+    offload_device = comfy.model_management.unet_offload_device()
+    supported = model_config.supported_inference_dtypes
+    if dtype is None:
+        dtype = comfy.model_management.unet_dtype(
+            model_params=comfy.utils.calculate_parameters(state_dict),
+            supported_dtypes=supported,
+            weight_dtype=comfy.utils.weight_dtype(state_dict),
+        )
+    cast_to = comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+    model_config.set_inference_dtype(dtype, cast_to, device=load_device)
+    model = model_config.get_model(state_dict)
+    patcher_type = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    patcher = patcher_type(model, load_device=load_device, offload_device=offload_device)
+    if not comfy.model_management.is_device_cpu(offload_device):
+        model.to(offload_device)
+    model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
+    patcher.cached_patcher_init = (load_model, (path, variant, dtype))
+    return patcher
