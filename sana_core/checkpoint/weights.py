@@ -1,0 +1,211 @@
+"""From files to models and back. A model is built on the meta device and takes over the file's tensors."""
+
+import itertools
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config import DCAEConfig, SanaConfig
+from ..kernels import REFERENCE, Kernels
+from ..models.dc_ae import DCAE
+from ..models.sana import SanaTransformer
+from .configuration import CONFIG_KEY, dc_ae_to_diffusers, dump_config, transformer_to_diffusers
+from .detection import detect_dc_ae, detect_transformer
+from .families import DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_prefix
+from .files import CheckpointError, StateDict, locate_weights, read_files, write_json, write_safetensors
+from .keys import convert_dc_ae, convert_transformer, dc_ae_rules, official_to_diffusers, transformer_rules
+
+logger = logging.getLogger(__name__)
+
+WIDE_DTYPES = (torch.float32, torch.bfloat16)  # with the range that DC-AE and Gemma-2 need
+FLOAT8_DTYPES = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
+DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def read_transformer(
+    path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[SanaConfig, StateDict]:
+    """Configuration and weights, under the official keys, of a file or folder in any layout.
+
+    Args:
+        path: .pth or .safetensors file, diffusers folder of the model or of a pipeline, folder of the official
+            repository.
+        variant: a preset's name, for what shapes cannot tell.
+        dtype: which of several precisions in a folder to read; the tensors are not cast.
+
+    Raises:
+        CheckpointError: see `detect_transformer`.
+    """
+    source = locate_weights(path, ("transformer", "checkpoints"), dtype)
+    state_dict, metadata = read_files(source.files)
+    state_dict = strip_prefix(state_dict, TRANSFORMER_ANCHORS.values())
+    config, layout, reason = detect_transformer(
+        state_dict, variant=variant, metadata=metadata, config_json=source.config, path=source.files[0]
+    )
+    logger.info("%s: %s (%s layout)", path, reason, layout)
+    return config, convert_transformer(state_dict, layout)
+
+
+def load_transformer(
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    operations=None,
+    kernels: Kernels | None = None,
+) -> SanaTransformer:
+    """Load a Sana transformer, in eval mode.
+
+    Args:
+        path, variant: see `read_transformer`.
+        dtype: of the weights; None keeps the file's.
+        operations: where the layers come from; None is torch.nn.
+        kernels: None is the reference.
+
+    Raises:
+        CheckpointError: another file, missing, extra or misshapen weights, or sizes that nothing tells.
+    """
+    config, state_dict = read_transformer(path, variant=variant, dtype=dtype)
+    dtype = dtype or main_dtype(state_dict)
+    if dtype in FLOAT8_DTYPES and operations is None:
+        raise CheckpointError(
+            f"{path} has {dtype} weights, in which torch.nn cannot compute. Pass dtype=torch.bfloat16."
+        )
+    model = SanaTransformer(
+        config, device="meta", dtype=dtype, operations=operations or nn, kernels=kernels or REFERENCE
+    )
+    return fill_model(model, state_dict, path, device, dtype)
+
+
+def read_dc_ae(
+    path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[DCAEConfig, StateDict]:
+    """Configuration and weights, under the official keys, of an autoencoder. Arguments as for `read_transformer`."""
+    source = locate_weights(path, ("vae",), dtype)
+    state_dict, metadata = read_files(source.files)
+    state_dict = strip_prefix(state_dict, DC_AE_ANCHORS.values())
+    config, layout, reason = detect_dc_ae(
+        state_dict, variant=variant, metadata=metadata, config_json=source.config, path=source.files[0]
+    )
+    logger.info("%s: %s (%s layout)", path, reason, layout)
+    return config, convert_dc_ae(state_dict, layout)
+
+
+def load_dc_ae(
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> DCAE:
+    """Load a DC-AE, in eval mode. Arguments and errors as for `load_transformer`.
+
+    Float16 overflows in the deep stages: weights stored in it, or asked for in it, become float32, and the log says so.
+    """
+    config, state_dict = read_dc_ae(path, variant=variant, dtype=dtype)
+    dtype = wide_dtype(dtype or main_dtype(state_dict), torch.float32, "DC-AE", path)
+    return fill_model(DCAE(config, device="meta", dtype=dtype), state_dict, path, device, dtype)
+
+
+def wide_dtype(dtype: torch.dtype, instead: torch.dtype, noun: str, path: str | Path) -> torch.dtype:
+    """`dtype` if the model keeps its range in it, else `instead`, with a line in the log."""
+    if dtype in WIDE_DTYPES:
+        return dtype
+    logger.info("%s: %s overflows in %s, so it is loaded in %s", path, noun, dtype, instead)
+    return instead
+
+
+def main_dtype(state_dict: StateDict) -> torch.dtype:
+    """Dtype of most of the floating-point weights; a model computes in one."""
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in state_dict.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
+    return max(sizes, key=sizes.get, default=torch.float32)
+
+
+def fill_model(
+    model: nn.Module,
+    state_dict: StateDict,
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Put the weights into a model on the meta device, cast and moved one by one; returns it in eval mode.
+
+    Empties `state_dict`, so that no more than one copy is held. Raises CheckpointError unless keys and shapes agree
+    exactly.
+    """
+    check_weights(state_dict, {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, path)
+    for name in list(state_dict):
+        tensor = state_dict.pop(name)
+        state_dict[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    model.load_state_dict(state_dict, strict=True, assign=True)
+    return model.eval()
+
+
+def check_weights(state_dict: StateDict, expected: dict[str, tuple[int, ...]], path: str | Path) -> None:
+    """Raises CheckpointError, naming the first keys, unless these are the expected weights, all and only."""
+    found = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    problems = [
+        *_problem("missing", sorted(expected.keys() - found.keys())),
+        *_problem("not expected", sorted(found.keys() - expected.keys())),
+        *_problem(
+            "of another shape",
+            [
+                f"{key} {list(found[key])} instead of {list(shape)}"
+                for key, shape in sorted(expected.items())
+                if found.get(key, shape) != shape
+            ],
+        ),
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit: {'; '.join(problems)}. By its keys, {describe_keys(found)}. "
+            "Download the file again, or choose the loader and variant that it belongs to."
+        )
+
+
+def _problem(what: str, keys: list[str]) -> Iterable[str]:
+    if keys:
+        rest = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+        yield f"{what}: {', '.join(itertools.islice(keys, 3))}{rest}"
+
+
+def save_transformer(model: SanaTransformer, path: str | Path, *, layout: str = "official") -> None:
+    """Write a transformer as safetensors, at once or not at all.
+
+    Args:
+        path: a .safetensors file; for "diffusers" also a folder, which then gets config.json and the weights.
+        layout: "official" or "diffusers".
+
+    Raises:
+        CheckpointError: an unknown layout, or the file cannot be written.
+    """
+    _save(model, path, layout, transformer_rules, transformer_to_diffusers)
+
+
+def save_dc_ae(model: DCAE, path: str | Path, *, layout: str = "official") -> None:
+    """Write an autoencoder as safetensors. Arguments and errors as for `save_transformer`."""
+    _save(model, path, layout, dc_ae_rules, dc_ae_to_diffusers)
+
+
+def _save(model: nn.Module, path: str | Path, layout: str, rules, to_diffusers) -> None:
+    path = Path(path)
+    is_file = path.suffix in (".safetensors", ".sft")
+    if layout not in ("official", "diffusers") or not (is_file or layout == "diffusers"):
+        raise CheckpointError(
+            f'{path} with layout {layout!r}: expected "official" with a .safetensors file, or "diffusers" with a '
+            ".safetensors file or a folder."
+        )
+    state_dict = model.state_dict()
+    if layout == "diffusers":
+        state_dict = official_to_diffusers(state_dict, rules(state_dict))
+    metadata = {CONFIG_KEY: dump_config(model.config)}
+    write_safetensors(state_dict, path if is_file else path / DIFFUSERS_FILE, metadata)
+    if not is_file:
+        write_json(to_diffusers(model.config), path / "config.json")
