@@ -1,0 +1,291 @@
+"""A prompt becomes a picture, without ComfyUI: text encoder, transformer under a sampler, autoencoder."""
+
+import itertools
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .checkpoint import load_dc_ae, load_text_encoder, load_transformer
+from .resolution import check_size
+from .sampler.flow import SAMPLERS
+from .sampler.guidance import cfg_denoiser
+from .sampler.schedule import SCHEDULES
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What the transformer attends to: text features [B, L, C] and their mask [B, L], 1 = attend."""
+
+    embeds: Tensor
+    mask: Tensor
+
+
+def require_finite(tensor: Tensor, stage: str) -> Tensor:
+    """Return the tensor; raise FloatingPointError that names the stage when it holds NaN or infinity."""
+    if torch.isfinite(tensor).all():
+        return tensor
+    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
+    raise FloatingPointError(
+        f"{stage} returned NaN or infinity in {bad} of {tensor.numel()} values ({tensor.dtype}). Most often the dtype "
+        "is too narrow for the weights: use bfloat16 or float32. Else the file is damaged"
+    )
+
+
+def prepare_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """float32 noise drawn on the CPU, the same on every machine and the same as ComfyUI's samplers draw."""
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+class SanaPipeline:
+    """The three networks and the official way to sample them. `from_files` and `from_pretrained` load them."""
+
+    def __init__(self, transformer, vae, text_encoder, *, shift: float | None = None):
+        """`shift` of the flow schedule; None takes the transformer's own. Raises ValueError if the parts don't fit."""
+        self.transformer = transformer
+        self.vae = vae
+        self.text_encoder = text_encoder
+        self.shift = transformer.config.shift if shift is None else shift
+        self._check_parts()
+
+    @classmethod
+    def from_files(
+        cls,
+        *,
+        transformer: str | Path,
+        vae: str | Path,
+        text_encoder: str | Path,
+        variant: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        shift: float | None = None,
+    ) -> "SanaPipeline":
+        """Load each network from a file or a folder.
+
+        variant: name of the transformer's preset, where the file alone cannot tell.
+        device: None takes the GPU if there is one.
+        dtype: of the weights; None keeps the files', or takes float32 on a CPU, where narrower types are slower. The
+            autoencoder and the text encoder, which overflow in float16, get a wider type instead.
+        Raises FileNotFoundError for what is missing, CheckpointError for a wrong file.
+        """
+        _require_paths(transformer=transformer, vae=vae, text_encoder=text_encoder)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if dtype is None and device.type == "cpu":
+            dtype = torch.float32
+        return cls(
+            load_transformer(transformer, variant=variant, device=device, dtype=dtype),
+            load_dc_ae(vae, device=device, dtype=dtype),
+            load_text_encoder(text_encoder, device=device, dtype=dtype),
+            shift=shift,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        variant: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "SanaPipeline":
+        """Load a folder in the diffusers layout: transformer/, vae/, text_encoder/ and, if present, scheduler/.
+
+        Arguments and errors are those of `from_files`.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder} is not a folder. Expected one in the diffusers layout, with transformer/, vae/ and "
+                "text_encoder/ in it, such as a download of Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+            )
+        parts = {name: folder / name for name in ("transformer", "vae", "text_encoder")}
+        return cls.from_files(**parts, variant=variant, device=device, dtype=dtype, shift=_read_shift(folder))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] = "",
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float = 4.5,
+        sampler: str = "flow_dpm-solver",
+        shift: float | None = None,
+        complex_human_instruction: bool | str = True,
+        prompt_embeds: Tensor | None = None,
+        prompt_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        callback: Callable[[dict], None] | None = None,
+    ) -> list[Image.Image] | Tensor:
+        """Draw one picture for each prompt.
+
+        negative_prompt: what to keep away from, one for all or one each; unused at guidance_scale 1.
+        height, width: pixels, multiples of the autoencoder's compression; None takes the model's own size.
+        sampler: "flow_dpm-solver" or "flow_euler", each on its official schedule.
+        shift: of the schedule; None takes the model's.
+        complex_human_instruction: True puts the official text before the prompt, a string replaces it, False omits it.
+        prompt_embeds, prompt_mask: text features [B, L, C] and mask [B, L] instead of a prompt.
+        seed, generator: where the noise comes from; with neither it is different each time.
+        latents: the noise itself [B, C, h, w], unit deviation.
+        output_type: "pil"; "pt" for pixels [B, 3, H, W] in 0..1; "latent" for latents, scaled to unit deviation.
+        callback: called before each step with a dict of x, i, sigma, sigma_hat and denoised.
+
+        Raises ValueError for arguments that do not fit, FloatingPointError, with the stage, for NaN or infinity.
+        """
+        if output_type not in ("pil", "pt", "latent"):
+            raise ValueError(f'output_type is {output_type!r}, expected "pil", "pt" or "latent"')
+        if sampler not in SAMPLERS:
+            raise ValueError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        sigmas = SCHEDULES[sampler](num_inference_steps, self.shift if shift is None else shift)
+        shape = self._latent_shape(height, width)
+        cond = self._prepare_captions(prompt, complex_human_instruction, prompt_embeds, prompt_mask)
+        x = self._prepare_latents((len(cond.embeds), *shape), latents, generator, seed)
+        captions = cond
+        if guidance_scale != 1:
+            captions = _join(self._encode_negative(negative_prompt, len(cond.embeds)), cond)
+        # Official Flow-DPM-Solver truncates the timestep, unless the model divides it by itself.
+        whole = sampler == "flow_dpm-solver" and self.transformer.config.timestep_scale == 1
+        model = cfg_denoiser(self._velocity(captions), scale=guidance_scale, floor_timesteps=whole)
+        x = SAMPLERS[sampler](model, x, sigmas.to(x.device), callback=callback)
+        if output_type == "latent":
+            return x
+        pixels = self.decode(x)
+        return pixels if output_type == "pt" else to_pictures(pixels)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, H, W] in 0..1, float32, of scaled latents [B, C, h, w]."""
+        latents = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
+        # One at a time: the decoder's widest feature maps take far more memory than the pictures.
+        pixels = torch.cat([self.vae.decode(latent) for latent in latents.split(1)]).float()
+        return (require_finite(pixels, "the DC-AE decoder") / 2 + 0.5).clamp(0, 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is, hence where sampling happens."""
+        return next(self.transformer.parameters()).device
+
+    def _check_parts(self) -> None:
+        config, channels = self.transformer.config, self.vae.config.latent_channels
+        if config.in_channels != channels:
+            raise ValueError(
+                f"the transformer works on latents of {config.in_channels} channels, the autoencoder makes {channels}: "
+                "they do not belong together"
+            )
+        if config.caption_channels != self.text_encoder.channels:
+            raise ValueError(
+                f"the transformer reads text features of {config.caption_channels} channels, the text encoder gives "
+                f"{self.text_encoder.channels}: they do not belong together"
+            )
+        if config.guidance_embed:
+            raise ValueError("this is a Sana-Sprint transformer, which flow samplers cannot sample; use a base model")
+
+    def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        height = self.transformer.config.image_size if height is None else height
+        width = self.transformer.config.image_size if width is None else width
+        compression = self.vae.config.spatial_compression
+        check_size(height, width, compression)
+        return self.transformer.config.in_channels, height // compression, width // compression
+
+    def _prepare_captions(self, prompt, instruction, embeds: Tensor | None, mask: Tensor | None) -> Captions:
+        if (prompt is None) == (embeds is None):
+            raise ValueError("give a prompt or prompt_embeds with prompt_mask, one of the two")
+        if embeds is None:
+            prompts = _as_list(prompt)
+            if not prompts:
+                raise ValueError("the list of prompts is empty")
+            if not all(text.strip() for text in prompts):
+                logger.warning("the prompt is empty: chance decides what the picture shows")
+            return self._encode(prompts, instruction)
+        expected = self.transformer.config.caption_channels
+        if mask is None or embeds.ndim != 3 or embeds.shape[-1] != expected or mask.shape != embeds.shape[:2]:
+            raise ValueError(
+                f"prompt_embeds {tuple(embeds.shape)} and prompt_mask {None if mask is None else tuple(mask.shape)} "
+                f"do not fit: expected [B, L, {expected}] and [B, L]"
+            )
+        return Captions(require_finite(embeds, "whatever made prompt_embeds").to(self.device), mask.to(self.device))
+
+    def _encode_negative(self, prompt: str | Sequence[str], count: int) -> Captions:
+        prompts = _as_list(prompt)
+        if len(prompts) not in (1, count):
+            raise ValueError(f"{len(prompts)} negative prompts for {count} pictures: give one for all, or one for each")
+        captions = self._encode(prompts, False)
+        rows = count // len(prompts)
+        return Captions(captions.embeds.repeat(rows, 1, 1), captions.mask.repeat(rows, 1))
+
+    def _encode(self, prompts: list[str], instruction: bool | str) -> Captions:
+        embeds, mask = self.text_encoder.encode(prompts, chi=instruction)
+        return Captions(require_finite(embeds, "the text encoder").to(self.device), mask.to(self.device))
+
+    def _prepare_latents(self, shape, latents, generator, seed) -> Tensor:
+        if sum(source is not None for source in (latents, generator, seed)) > 1:
+            raise ValueError("latents, generator and seed exclude each other: give one of them, or none")
+        if latents is not None:
+            if tuple(latents.shape) != shape:
+                raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape} for this size and batch")
+            return latents.to(self.device, torch.float32)
+        if seed is not None:
+            return prepare_noise(shape, seed).to(self.device)
+        place = "cpu" if generator is None else generator.device
+        return torch.randn(shape, generator=generator, device=place).to(self.device)
+
+    def _velocity(self, captions: Captions) -> Callable[[Tensor, Tensor], Tensor]:
+        """The transformer with its captions in place; counts its calls, one a step, to say where it failed."""
+        model = self.transformer
+        context = model.prepare_context(captions.embeds.to(model.dtype), captions.mask)
+        steps = itertools.count(1)
+
+        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
+            return require_finite(model(x.to(model.dtype), timestep, context), f"the transformer at step {next(steps)}")
+
+        return velocity
+
+
+def to_pictures(pixels: Tensor) -> list[Image.Image]:
+    """RGB pictures of pixels [B, 3, H, W] in 0..1."""
+    array = (pixels * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(picture) for picture in array]
+
+
+def _as_list(prompt: str | Sequence[str]) -> list[str]:
+    return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def _join(uncond: Captions, cond: Captions) -> Captions:
+    """One batch of both, in the order that guidance expects."""
+    length = max(uncond.mask.shape[1], cond.mask.shape[1])
+    uncond, cond = _padded(uncond, length), _padded(cond, length)
+    embeds = torch.cat([uncond.embeds.to(cond.embeds), cond.embeds])
+    return Captions(embeds, torch.cat([uncond.mask.to(cond.mask), cond.mask]))
+
+
+def _padded(captions: Captions, length: int) -> Captions:
+    rows = length - captions.mask.shape[1]
+    return Captions(pad(captions.embeds, (0, 0, 0, rows)), pad(captions.mask, (0, rows)))
+
+
+def _require_paths(**paths: str | Path) -> None:
+    missing = [f"{name} {path}" for name, path in paths.items() if not Path(path).exists()]
+    if missing:
+        raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
+
+
+def _read_shift(folder: Path) -> float | None:
+    """The shift that a diffusers folder was published with, under the name that its scheduler gives it."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("flow_shift", config.get("shift"))

@@ -1,0 +1,234 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from sana_core import SanaPipeline, __main__
+from sana_core.__main__ import NANO_FILES, main, write_png
+from sana_core.checkpoint import load_dc_ae, load_transformer, read_state_dict, save_transformer
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+PROMPT = "a red cat, 红色背景左边的熊猫 🐼"
+
+
+@pytest.fixture
+def files(tiny_models):
+    return {
+        "transformer": tiny_models / "diffusion_models" / "tiny.safetensors",
+        "vae": tiny_models / "vae" / "tiny.safetensors",
+        "text_encoder": tiny_models / "text_encoders" / "tiny.safetensors",
+    }
+
+
+@pytest.fixture
+def model_options(files):
+    options = [("--" + name.replace("_", "-"), str(path)) for name, path in files.items()]
+    return [word for option in options for word in option] + ["--device", "cpu", "--steps", "2"]
+
+
+def metadata_of(path):
+    with Image.open(path) as picture:
+        return json.loads(picture.text["sana"])
+
+
+def test_generate_in_a_process_of_its_own(model_options, files, tmp_path):
+    """The whole way: prompt to PNG, in a folder that does not exist yet, with the settings in a tEXt chunk."""
+    target = tmp_path / "new" / "panda.png"
+    command = ["generate", *model_options, "--prompt", PROMPT, "--seed", "3", "--width", "64", "--output", str(target)]
+    result = subprocess.run(
+        [sys.executable, "-m", "sana_core", *command], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"{target}\n"
+    assert list(target.parent.iterdir()) == [target]
+    assert b"tEXtsana\0" in target.read_bytes()
+    assert metadata_of(target) == {
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "num_inference_steps": 2,
+        "guidance_scale": 4.5,
+        "sampler": "flow_dpm-solver",
+        "shift": 3.0,
+        "complex_human_instruction": True,
+        "seed": 3,
+        "width": 64,
+        "height": 96,
+        "models": {name: path.name for name, path in files.items()},
+    }
+    (expected,) = SanaPipeline.from_files(**files, device="cpu")(PROMPT, width=64, num_inference_steps=2, seed=3)
+    with Image.open(target) as picture:
+        assert picture.tobytes() == expected.tobytes()
+
+
+def test_metadata_is_enough_to_draw_the_picture_again(model_options, files, tmp_path, capsys):
+    extra = ["--negative-prompt", "blurry", "--sampler", "flow_euler", "--shift", "2", "--guidance-scale", "3"]
+    output = tmp_path / "random.png"
+    assert (
+        main(["generate", *model_options, *extra, "--no-instruction", "--prompt", PROMPT, "--output", str(output)]) == 0
+    )
+    settings = metadata_of(output)
+    del settings["models"]
+    (again,) = SanaPipeline.from_files(**files, device="cpu")(**settings)
+    with Image.open(output) as picture:
+        assert picture.tobytes() == again.tobytes()
+
+
+def test_each_prompt_gets_the_next_free_name(model_options, tmp_path, capsys):
+    (tmp_path / "sana_00007.png").write_bytes(b"kept")
+    command = ["generate", *model_options, "--prompt", "a cat", "--prompt", "a bird", "--output", str(tmp_path)]
+    assert main(command) == 0
+    paths = [tmp_path / "sana_00008.png", tmp_path / "sana_00009.png"]
+    assert capsys.readouterr().out.split() == [str(path) for path in paths]
+    assert [metadata_of(path)["prompt"] for path in paths] == ["a cat", "a bird"]
+    assert len({metadata_of(path)["seed"] for path in paths}) == 1
+    assert (tmp_path / "sana_00007.png").read_bytes() == b"kept"
+
+
+def test_a_diffusers_folder_is_a_model(files, tmp_path, capsys):
+    save_transformer(tiny.transformer(), tmp_path / "model" / "transformer", layout="diffusers")
+    for name in ("vae", "text_encoder"):
+        (tmp_path / "model" / name).mkdir()
+        (tmp_path / "model" / name / "model.safetensors").symlink_to(files[name])
+    command = ["generate", "--model", str(tmp_path / "model"), "--device", "cpu", "--steps", "1", "--prompt", "a cat"]
+    assert main([*command, "--output", str(tmp_path / "cat.png")]) == 0
+    assert metadata_of(tmp_path / "cat.png")["models"] == {"model": "model"}
+
+
+def test_nano_is_the_default(monkeypatch, tmp_path):
+    loaded = []
+
+    def from_files(**options):
+        loaded.append(options)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(__main__.SanaPipeline, "from_files", from_files)
+    assert main(["generate", "--prompt", "a cat", "--output", str(tmp_path)]) == 1
+    assert loaded == [{**NANO_FILES, "variant": None, "device": None, "dtype": None}]
+    assert {path.parent.name for path in NANO_FILES.values()} == {"diffusion_models", "vae", "text_encoders"}
+    assert {path.parents[1] for path in NANO_FILES.values()} == {ROOT / "models"}
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--transformer", "a.safetensors"], "--vae and --text-encoder missing: name all three"),
+        (
+            ["--transformer", "a.st", "--vae", "b.st", "--text-encoder", "c.st"],
+            "no such file or folder: transformer a.st",
+        ),
+        (["--model", "folder", "--vae", "b.safetensors"], "--model names a whole folder"),
+        (["--model", "no/such/folder"], "no/such/folder is not a folder"),
+        (["--prompt", "another", "--output", "one.png"], "2 prompts do not fit in one.png"),
+    ],
+)
+def test_options_that_do_not_fit_are_one_line(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--prompt", "a cat", *options]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_bad_size_is_one_line_and_leaves_no_file(model_options, tmp_path, capsys):
+    options = ["--prompt", "a cat", "--width", "50", "--output", str(tmp_path / "cat.png")]
+    assert main(["generate", *model_options, *options]) == 1
+    assert "error: cannot make a 50x96 picture" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name, message", [("nonsense", "nonsense"), ("cuda:999", "no usable GPU")])
+def test_device_that_is_not_there_is_refused(name, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["generate", "--prompt", "a cat", "--device", name])
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    """Saving a picture writes half of it, then the disk is full."""
+
+    def save(self, path, **options):
+        Path(path).write_bytes(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save)
+
+
+def test_a_full_disk_costs_no_file(full_disk, tmp_path):
+    path = tmp_path / "kept.png"
+    path.write_bytes(b"the old picture")
+    with pytest.raises(OSError, match=r"could not write the picture \(No space left on device\).*kept.png"):
+        write_png(Image.new("RGB", (8, 8)), path, {})
+    assert path.read_bytes() == b"the old picture"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_full_disk_is_reported_with_the_seed(full_disk, model_options, tmp_path, capsys):
+    options = ["--prompt", "a cat", "--seed", "12", "--output", str(tmp_path / "cat.png")]
+    assert main(["generate", *model_options, *options]) == 1
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "--seed 12 draws the picture again" in error
+
+
+def test_png_replaces_the_old_one_whole(tmp_path):
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"old")
+    write_png(Image.new("RGB", (8, 4), "red"), path, {"prompt": 'a "🐼"'})
+    with Image.open(path) as picture:
+        assert picture.size == (8, 4) and picture.getpixel((0, 0)) == (255, 0, 0)
+    assert metadata_of(path) == {"prompt": 'a "🐼"'}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("network, load", [("transformer", load_transformer), ("vae", load_dc_ae)])
+def test_convert_and_back_is_bit_equal(network, load, files, tmp_path, capsys):
+    there, back = tmp_path / "diffusers", tmp_path / "official.safetensors"
+    assert main(["convert", network, str(files[network]), str(there), "--to", "diffusers"]) == 0
+    assert (there / "config.json").is_file()
+    assert main(["convert", network, str(there), str(back), "--to", "official"]) == 0
+    assert capsys.readouterr().out.splitlines() == [str(there), str(back)]
+    original, _ = read_state_dict(files[network])
+    converted, _ = read_state_dict(back)
+    assert original.keys() == converted.keys()
+    assert all(torch.equal(original[key], converted[key]) for key in original)
+    assert load(back).config == load(files[network]).config
+
+
+def test_convert_casts_when_asked(files, tmp_path, capsys):
+    output = tmp_path / "narrow.safetensors"
+    command = ["convert", "transformer", str(files["transformer"]), str(output), "--to", "official"]
+    assert main([*command, "--dtype", "bfloat16"]) == 0
+    assert load_transformer(output).dtype == torch.bfloat16
+
+
+def test_convert_says_what_a_wrong_file_is(files, tmp_path, capsys):
+    command = ["convert", "transformer", str(files["vae"]), str(tmp_path / "x.safetensors"), "--to", "official"]
+    assert main(command) == 1
+    assert "DC-AE" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["convert"]])
+def test_help_names_every_command(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*command, "--help"])
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    assert "usage: python -m sana_core" in text
+    if command == ["generate"]:
+        for option in (
+            "--prompt",
+            "--output",
+            "--height",
+            "--width",
+            "--steps",
+            "--guidance-scale",
+            "--seed",
+            "--dtype",
+        ):
+            assert option in text
