@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
@@ -255,8 +256,8 @@ class SanaPipeline:
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
     """RGB pictures of pixels [B, 3, H, W] in 0..1."""
-    array = (pixels * 255).round().to("cpu", torch.uint8).permute(0, 2, 3, 1).numpy()
-    return [Image.fromarray(picture) for picture in array]
+    bytes_ = (pixels * 255).round().to("cpu", torch.uint8)
+    return [Image.fromarray(picture) for picture in rearrange(bytes_, "b c h w -> b h w c").numpy()]
 
 
 def _as_list(prompt: str | Sequence[str]) -> list[str]:
