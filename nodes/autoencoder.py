@@ -25,6 +25,7 @@ class SanaDCAEDecode(io.ComfyNode):
                 io.Int.Input(
                     "tile_size",
                     default=0,
+                    optional=True,
                     min=0,
                     max=8192,
                     step=32,
@@ -34,6 +35,7 @@ class SanaDCAEDecode(io.ComfyNode):
                 io.Int.Input(
                     "overlap",
                     default=128,
+                    optional=True,
                     min=32,
                     max=4096,
                     step=32,

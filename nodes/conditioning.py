@@ -39,12 +39,14 @@ class SanaPromptEncode(io.ComfyNode):
                 io.Boolean.Input(
                     "use_instruction",
                     default=True,
+                    optional=True,
                     tooltip="Put the instruction before the text. Switch it off for a negative prompt, or for a more "
                     "literal picture. An empty text never gets it.",
                 ),
                 io.String.Input(
                     "instruction",
                     default=CHI,
+                    optional=True,
                     multiline=True,
                     advanced=True,
                     tooltip="The instruction. The default is the official text, which the models were trained with. It "

@@ -47,6 +47,7 @@ class SanaDiffusionModelLoader(io.ComfyNode):
                     "variant",
                     options=[AUTO, *TRANSFORMERS],
                     default=AUTO,
+                    optional=True,
                     tooltip="Which published model the file is. auto recognises it by its name, shapes and metadata; "
                     "choose one for a file that was renamed, such as a 2K or 4K model.",
                 ),
@@ -54,6 +55,7 @@ class SanaDiffusionModelLoader(io.ComfyNode):
                     "dtype",
                     options=list(_DTYPES),
                     default=AUTO,
+                    optional=True,
                     advanced=True,
                     tooltip="Number format of the weights. auto fits the device. float16 is only for models that were "
                     "trained in it; fp8_e4m3fn halves the memory and costs quality.",
@@ -93,6 +95,7 @@ class SanaTextEncoderLoader(io.ComfyNode):
                     "dtype",
                     options=_WIDE,
                     default=AUTO,
+                    optional=True,
                     advanced=True,
                     tooltip="Number format of the weights. Gemma-2-2b takes 5.2 GB in bfloat16 and 10.5 GB in float32, "
                     "loaded whole. float16 overflows and is not offered.",
@@ -130,12 +133,14 @@ class SanaDCAELoader(io.ComfyNode):
                     "variant",
                     options=[AUTO, *AUTOENCODERS],
                     default=AUTO,
+                    optional=True,
                     tooltip="Which published autoencoder the file is. auto recognises it.",
                 ),
                 io.Combo.Input(
                     "dtype",
                     options=_WIDE,
                     default=AUTO,
+                    optional=True,
                     advanced=True,
                     tooltip="Number format to run in. auto is bfloat16 on a GPU that has it. float16 gives black "
                     "pictures and is not offered.",

@@ -81,6 +81,7 @@ def _shift() -> io.Float.Input:
     return io.Float.Input(
         "shift",
         default=0.0,
+        optional=True,
         min=0.0,
         max=100.0,
         step=0.1,
@@ -94,6 +95,7 @@ def _denoise() -> io.Float.Input:
     return io.Float.Input(
         "denoise",
         default=1.0,
+        optional=True,
         min=0.0,
         max=1.0,
         step=0.01,
@@ -155,7 +157,7 @@ class SanaSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, steps, cfg, sampler, shift, denoise
+        cls, model, positive, negative, latent_image, seed, steps, cfg, sampler, shift=0.0, denoise=1.0
     ) -> io.NodeOutput:
         """The latent dictionary with new samples."""
         samples = comfy.sample.fix_empty_latent_channels(
@@ -228,6 +230,7 @@ class SanaScheduler(io.ComfyNode):
                     "schedule",
                     options=list(SCHEDULES),
                     default="flow_dpm-solver",
+                    optional=True,
                     advanced=True,
                     tooltip="flow_dpm-solver: for Flow-DPM-Solver and most others. flow_euler: the levels that "
                     "official Sana uses with Euler steps.",
@@ -237,6 +240,6 @@ class SanaScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, steps, shift, denoise, schedule="flow_dpm-solver") -> io.NodeOutput:
+    def execute(cls, model, steps, shift=0.0, denoise=1.0, schedule="flow_dpm-solver") -> io.NodeOutput:
         """The SIGMAS."""
         return io.NodeOutput(flow_sigmas(model, schedule, steps, shift, denoise))
