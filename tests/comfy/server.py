@@ -106,7 +106,7 @@ class Server:
                     if data.get("prompt_id") != answer["prompt_id"]:
                         continue
                     if event["type"] == "executed":
-                        run.outputs[data["node"]] = data["output"]
+                        run.outputs[data["node"]] = data["output"] or {}  # nothing where the cache was enough
                     elif event["type"] == "progress":
                         run.progress.append(data["value"])
                         if data["value"] == interrupt_at:
