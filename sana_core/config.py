@@ -69,7 +69,7 @@ TRANSFORMERS: dict[str, SanaConfig] = {
     "Sana_Sprint_0.6B_1024px_teacher": replace(_SPRINT_600M, guidance_embed=False, timestep_scale=0.001),
     "Sana_Sprint_1.6B_1024px_teacher": replace(_SPRINT_1600M, guidance_embed=False, timestep_scale=0.001),
     "sana-nano": SanaConfig(
-        depth=8, hidden_size=192, num_cross_heads=6, caption_channels=192, image_size=256, pag_layer=4
+        depth=8, hidden_size=192, num_cross_heads=6, caption_channels=192, image_size=256, shift=2.0
     ),
 }
 

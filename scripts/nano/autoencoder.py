@@ -1,6 +1,9 @@
 """First stage of sana-nano: trains its autoencoder on drawn scenes.
 
     python -m scripts.nano.autoencoder --run runs/nano/autoencoder
+    python -m scripts.nano.autoencoder --run runs/nano/decoder --decoder-of models/vae/dc_ae_nano.safetensors
+
+The second command goes on with the decoder alone, which may run beside the transformer's training.
 
 The latents are drawn to mean 0 and deviation 1 / scaling_factor per channel while training, so that the published
 models' factor holds for nano too, and blurred with a little noise, so that the decoder forgives the transformer.
@@ -13,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from sana_core.checkpoint import save_dc_ae
+from sana_core.checkpoint import load_dc_ae, save_dc_ae
 from sana_core.config import AUTOENCODERS
 from sana_core.models.dc_ae import DCAE
 from sana_core.training.loop import TrainConfig, train
@@ -24,7 +27,7 @@ from . import scenes
 
 PRESET = "dc-ae-nano"
 LATENT_NOISE = 0.1  # of the latents' deviation
-PHASES = ((0.5, 64, 24), (0.8, 128, 8), (1.0, 256, 3))  # until this part of the steps: crop side, batch size
+CROPS = ((64, 24), (128, 8), (256, 3))  # side and batch size; each step draws one of the three
 
 
 def draw_crops(generator: torch.Generator, side: int, count: int) -> Tensor:
@@ -51,11 +54,11 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def loss_of(steps: int, device: torch.device):
-    """The reconstruction loss of one step of a run of `steps`."""
+def loss_of(device: torch.device):
+    """The reconstruction loss of one step."""
 
     def loss(model: DCAE, step: int, generator: torch.Generator) -> Tensor:
-        side, count = next((side, count) for part, side, count in PHASES if step < part * steps or part == 1.0)
+        side, count = CROPS[torch.randint(len(CROPS), (), generator=generator).item()]
         pixels = draw_crops(generator, side, count).to(device)
         deviation = 1 / model.config.scaling_factor
         with torch.autocast(device.type, torch.bfloat16):
@@ -92,7 +95,8 @@ def measure(model: DCAE, count: int = 64) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/nano/autoencoder"), help="folder of the run")
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--decoder-of", type=Path, help="trains only the decoder of this autoencoder")
     parser.add_argument("--output", type=Path, default=Path("models/vae/dc_ae_nano.safetensors"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -100,9 +104,14 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = torch.device(args.device)
-    model: nn.Module = DCAE(AUTOENCODERS[PRESET], device=device).to(memory_format=torch.channels_last)
-    config = TrainConfig(steps=args.steps, learning_rate=1.5e-3, decay_steps=args.steps // 2)
-    average = train(model, loss_of(args.steps, device), config, args.run, lambda model, step: measure(model))
+    if args.decoder_of is None:
+        model = DCAE(AUTOENCODERS[PRESET], device=device)
+    else:
+        model = load_dc_ae(args.decoder_of, device=device, dtype=torch.float32)
+        model.encoder.requires_grad_(False)
+    model = model.to(memory_format=torch.channels_last)
+    config = TrainConfig(steps=args.steps, learning_rate=1e-3, decay_steps=args.steps // 2)
+    average = train(model, loss_of(device), config, args.run, lambda model, step: measure(model))
     save_dc_ae(average.to(torch.float16), args.output)
     logging.info("Wrote %s: %s", args.output, measure(average.float(), len(scenes.HELD_OUT)))
 

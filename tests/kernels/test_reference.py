@@ -1,0 +1,58 @@
+"""The specification of the kernels, against the formulas written out in float64."""
+
+import torch
+import torch.nn.functional as F
+
+from sana_core.kernels import reference
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_linear_attention_is_normalised_relu_attention():
+    q, k, v = (draw(2, 63, 3, 8, seed=seed) for seed in range(3))
+    weights = torch.einsum("bnhd,bmhd->bhnm", q.double().relu(), k.double().relu())
+    weights = weights / (weights.sum(-1, keepdim=True) + 1e-8)
+    expected = torch.einsum("bhnm,bmhd->bnhd", weights, v.double())
+    out = reference.linear_attention(q, k, v, 1e-8)
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_linear_attention_keeps_its_state_in_float32():
+    """Thousands of tokens overflow a float16 state and stall a bfloat16 one, under autocast as well."""
+    q, k, v = (draw(1, 4096, 1, 32, seed=seed).abs() * 8 for seed in range(3))
+    expected = reference.linear_attention(q, k, v, 1e-8)
+    half = reference.linear_attention(q.half(), k.half(), v.half(), 1e-8)
+    assert half.dtype == torch.float16
+    assert (half - expected).abs().max() < 2e-3 * expected.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reference.linear_attention(q, k, v, 1e-8), expected)
+
+
+def test_linear_attention_without_positive_keys_is_zero():
+    q, v = draw(1, 5, 1, 4), draw(1, 5, 1, 4, seed=1)
+    assert torch.equal(reference.linear_attention(q, -torch.ones_like(q), v, 1e-8), torch.zeros_like(v))
+
+
+def test_attention_sees_only_what_the_mask_allows():
+    q, k, v = draw(2, 7, 3, 8), draw(2, 5, 3, 8, seed=1), draw(2, 5, 3, 8, seed=2)
+    mask = torch.arange(5) < torch.tensor([[5], [2]])
+    out = reference.attention(q, k, v, mask)
+    assert torch.allclose(out[1], reference.attention(q[1:], k[1:, :2], v[1:, :2], None)[0], atol=1e-6)
+    assert torch.allclose(out[0], reference.attention(q[:1], k[:1], v[:1], None)[0], atol=1e-6)
+
+
+def test_modulate_is_layer_norm_then_scale_and_shift():
+    x, shift, scale = draw(2, 7, 16), draw(2, 1, 16, seed=1), draw(2, 1, 16, seed=2)
+    wide = x.double()
+    normed = (wide - wide.mean(-1, keepdim=True)) / (wide.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    expected = normed * (1 + scale.double()) + shift.double()
+    assert (reference.modulate(x, shift, scale) - expected).abs().max() < 1e-5
+
+
+def test_gated_residual_and_gated_linear_unit():
+    x, gate, branch = draw(2, 7, 16), draw(2, 1, 16, seed=1), draw(2, 7, 16, seed=2)
+    assert torch.allclose(reference.gated_residual(x, gate, branch), x + gate * branch)
+    picture = draw(2, 8, 3, 5)
+    assert torch.equal(reference.gated_linear_unit(picture), picture[:, :4] * F.silu(picture[:, 4:]))
