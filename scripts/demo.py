@@ -112,12 +112,23 @@ def free_port(wanted):
 def load_workflow(prompt, seed):
     """Reads the default workflow in API format; returns it with the wanted prompt and seed, and the prompt it holds."""
     workflow = json.loads(WORKFLOW.read_text(encoding="utf-8"))
-    inputs = {node["class_type"]: node["inputs"] for node in workflow.values()}
+    sampler = next(node for node in workflow.values() if node["class_type"] == "SanaSampler")
+    positive = workflow[sampler["inputs"]["positive"][0]]
     if prompt is not None:
-        inputs["SanaPromptEncode"]["prompt"] = prompt
+        positive["inputs"]["text"] = prompt
     if seed is not None:
-        inputs["SanaSampler"]["seed"] = seed
-    return workflow, inputs["SanaPromptEncode"]["prompt"]
+        sampler["inputs"]["seed"] = seed
+    return workflow, positive["inputs"]["text"]
+
+
+def explain_refusal(answer):
+    """The sentences in ComfyUI's answer to a workflow that it does not run."""
+    errors = [
+        f"{node['class_type']}: {error['message']}: {error['details']}"
+        for node in answer["node_errors"].values()
+        for error in node["errors"]
+    ]
+    return "\n  ".join([f"ComfyUI refused the workflow: {answer['error']['message']}", *errors])
 
 
 async def queue_workflow(session, server, workflow, client_id):
@@ -125,7 +136,7 @@ async def queue_workflow(session, server, workflow, client_id):
     async with session.post(f"{server.address}/prompt", json={"prompt": workflow, "client_id": client_id}) as response:
         answer = await response.json()
         if not response.ok:
-            raise DemoError(f"ComfyUI refused the workflow: {json.dumps(answer, indent=2, ensure_ascii=False)}")
+            raise DemoError(explain_refusal(answer))
         return answer["prompt_id"]
 
 

@@ -25,7 +25,7 @@ HUGGING_FACE = "https://huggingface.co"
 
 GROUPS = [  # title, colour, nodes by their title in the API file; one column each, from the left
     ("1. Models", "#3f789e", ["Transformer", "Text encoder", "Autoencoder"]),
-    ("2. What to draw", "#8a8", ["Prompt", "Size"]),
+    ("2. What to draw", "#8a8", ["Prompt", "Negative prompt", "Size"]),
     ("3. Draw it", "#b06634", ["Sampler"]),
     ("4. The picture", "#88a", ["Decode", "Picture"]),
 ]
@@ -93,7 +93,7 @@ MODELS = {  # workflow -> node title -> the file that the node wants
 LAY_OUT = """
 async ({ name, api, groups, note, models, id }) => {
   const GAP = 30, TITLE = LiteGraph.NODE_TITLE_HEIGHT, HEADER = 50, WIDTH = 330;
-  const LEAST_HEIGHT = { SanaPromptEncode: 200, SaveImage: 400 };
+  const LEAST_HEIGHT = { SanaPromptEncode: 260, SaveImage: 400 };
   await app.loadApiJson(api, name);
   const graph = app.graph;
   const byTitle = new Map(graph.nodes.map((node) => [api[node.id]._meta.title, node]));
@@ -181,6 +181,7 @@ async def author(page, name, api):
     await page.evaluate("graph => app.loadGraphData(graph, true, true, 'check')", graph)
     await page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     await page.wait_for_timeout(1500)  # the view glides there
+    await page.evaluate("() => { for (const node of app.graph.nodes) node.has_errors = false; app.canvas.draw(true) }")
     screenshot = OUTPUT / f"{name}_graph.png"
     await page.screenshot(path=screenshot)
     print(f"{target} (its graph: {screenshot})")
