@@ -96,8 +96,11 @@ ENDLESS = """
 import sys, torch
 from pathlib import Path
 from sana_core.training.loop import TrainConfig, train
-train(torch.nn.Linear(400, 400), lambda model, step, generator: model(torch.randn(8, 400, generator=generator)).square().mean(),
-      TrainConfig(steps=10**6, learning_rate=1e-3, save_every=2), Path(sys.argv[1]))
+
+def loss_of(model, step, generator):
+    return model(torch.randn(8, 400, generator=generator)).square().mean()
+
+train(torch.nn.Linear(400, 400), loss_of, TrainConfig(10**6, 1e-3, save_every=2), Path(sys.argv[1]))
 """
 
 
