@@ -123,7 +123,7 @@ async ({ name, api, groups, note, models, id }) => {
   reader.title = noteTitle;
   reader.widgets[0].value = noteText;
   reader.pos = [-420 - GAP, TITLE];
-  reader.setSize([420, 500]);
+  reader.setSize([420, 400]);
   return JSON.stringify({ ...graph.serialize(), id, revision: 0, extra: {} });
 }
 """
