@@ -77,9 +77,12 @@ class Server:
         """The server's log."""
         return self.log.read_text(errors="replace")
 
-    def get(self, path: str):
+    def read(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=30) as response:
-            return json.load(response)
+            return response.read().decode()
+
+    def get(self, path: str):
+        return json.loads(self.read(path))
 
     def run(self, graph: "Graph | dict", interrupt_at: int | None = None) -> Run:
         """Queue a workflow in API format and follow it to its end; interrupt it at a step."""

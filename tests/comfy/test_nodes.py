@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sana_core import SanaPipeline
 from sana_core.sampler.schedule import get_sigmas_flow
@@ -53,6 +55,14 @@ def replace_models(workflow, loaders):
     for node in workflow.values():
         if node["class_type"] == "SanaEmptyLatent":
             node["inputs"] |= {"width": 96, "height": 64}
+
+
+def test_help_and_translations_are_served(server, part):
+    chinese = server.get("/i18n")["zh"]["nodeDefs"]
+    for node in part("nodes").NODES:
+        node_id = node.define_schema().node_id
+        assert chinese[node_id]["display_name"]
+        assert server.read(f"/extensions/ComfyUI-Sana/docs/{node_id}.md").startswith("# ")
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
@@ -161,6 +171,33 @@ def test_perturbed_attention_guidance_changes_the_picture(server, graph, models)
     patched = graph.add("PerturbedAttentionGuidance", model=models[0], scale=3.0)
     save_latent(graph, sample(graph, (patched, *models[1:])))
     assert (latent_of(server, graph) - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+def test_loras_reach_the_linear_layers(server, graph, models, tiny_models):
+    up, down = torch.full((192, 2), 0.1), torch.ones(2, 64)
+    target = "diffusion_model.blocks.1.attn.qkv"
+    (tiny_models / "loras").mkdir(exist_ok=True)
+    save_file(
+        {f"{target}.lora_up.weight": up, f"{target}.lora_down.weight": down}, tiny_models / "loras" / "tiny.safetensors"
+    )
+    save_latent(graph, sample(graph, models))
+    plain = latent_of(server, graph)
+    graph.remove("SaveLatent")
+    lora = dict(lora_name="tiny.safetensors", strength_model=1.0)
+    patched = graph.add("LoraLoaderModelOnly", model=models[0], **lora)
+    save_latent(graph, sample(graph, (patched, *models[1:])))
+    assert (latent_of(server, graph) - plain).abs().max() > 1e-3 * plain.abs().max()
+    assert "lora key not loaded" not in server.text() and "NOT LOADED" not in server.text()
+
+
+def test_a_model_merged_with_itself_is_the_same(server, graph, models):
+    save_latent(graph, sample(graph, models))
+    plain = latent_of(server, graph)
+    graph.remove("SaveLatent")
+    other = graph.add("SanaDiffusionModelLoader", model_name="tiny.safetensors", dtype="float32")
+    merged = graph.add("ModelMergeSimple", model1=models[0], model2=other, ratio=0.25)
+    save_latent(graph, sample(graph, (merged, *models[1:])))
+    assert (latent_of(server, graph) - plain).abs().max() < 1e-4 * plain.abs().max()
 
 
 def test_model_save_and_reload(server, graph, models):

@@ -253,6 +253,15 @@ def test_narrow_weights_compute_in_float32_on_a_cpu(part, path, inputs, dtype):
     assert close(out, reference(path, inputs), 0.05 if dtype == torch.bfloat16 else 0.5)
 
 
+def test_loads_where_core_makes_linear_layers_without_weights(part, comfy, path, inputs, monkeypatch):
+    import comfy.memory_management
+
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)  # as with dynamic memory on an NVIDIA GPU
+    network = part("nodes.adapter").load_model(path).model.diffusion_model
+    monkeypatch.undo()
+    assert close(network(**inputs), reference(path, inputs))
+
+
 def broken(path, tmp_path, change):
     tensors = load_file(path)
     change(tensors)
