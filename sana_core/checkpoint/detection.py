@@ -229,7 +229,11 @@ def _check(kind: Kind, sizes: Sizes, config: object, source: str, path: Path, fi
     if differing:
         found = ", ".join(f"{name} {sizes[name]}" for name in differing)
         claimed = ", ".join(f"{name} {expected[name]}" for name in differing)
-        remedy = f"Choose one of: {', '.join(fitting)}." if fitting else "One of the two belongs to another model."
+        remedy = (
+            f"Choose one of: {', '.join(fitting)}."
+            if fitting
+            else "That belongs to another model: remove it, or set variant."
+        )
         raise CheckpointError(f"{path} has {found}, but {source} says {claimed}. {remedy}")
 
 

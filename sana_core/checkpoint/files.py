@@ -169,10 +169,10 @@ def _read_file(path: Path) -> tuple[StateDict, dict[str, str]]:
         head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
         return _read_torch(path, mmap=True), {}
+    if head[8:9] == b"{":  # after the header's length, which may begin with any byte
+        return _read_safetensors(path)
     if head.startswith(b"\x80"):  # torch.save before version 1.6
         return _read_torch(path, mmap=False), {}
-    if head[8:9] == b"{":
-        return _read_safetensors(path)
     raise CheckpointError(f"{path} holds no weights: {_describe_head(head)}.")
 
 

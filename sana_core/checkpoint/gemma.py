@@ -106,9 +106,10 @@ def _detect_config(state_dict: StateDict, metadata: dict[str, str], source: Sour
         return _build_config(source.config, source), "by config.json"
     if CONFIG_KEY in metadata:
         try:
-            return _build_config(json.loads(metadata[CONFIG_KEY]), source), f"by its own {CONFIG_KEY}"
+            values = json.loads(metadata[CONFIG_KEY])
         except ValueError as error:
             raise CheckpointError(f"{source.path}: its {CONFIG_KEY} is damaged ({error}).") from error
+        return _build_config(values, source), f"by its own {CONFIG_KEY}"
     return _build_config(_config_of_shapes(state_dict, source), source), "by its shapes"
 
 
@@ -116,7 +117,7 @@ def _build_config(values: dict, source: Source) -> transformers.Gemma2Config:
     values = {name: value for name, value in values.items() if name not in ("transformers_version", "_name_or_path")}
     try:
         return transformers.Gemma2Config(**values)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # transformers checks with errors of its own and of huggingface_hub
         raise CheckpointError(f"{source.path}: its configuration is not one of Gemma-2 ({error}).") from error
 
 

@@ -6,7 +6,7 @@ Sources: diffusers `scripts/convert_sana_to_diffusers.py` and `convert_dcae_to_d
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -150,44 +150,48 @@ def convert_transformer(state_dict: StateDict, layout: str) -> StateDict:
 
     Keys that no rule knows stay as they are, so that the strict load names them.
     """
-    return _convert(state_dict, layout, transformer_rules, TRANSFORMER_DROPPED)
+    return dict(iterate_transformer(dict(state_dict), layout))
 
 
 def convert_dc_ae(state_dict: StateDict, layout: str) -> StateDict:
-    """The autoencoder under the official keys. `layout`: "official" or "diffusers"."""
-    return _convert(state_dict, layout, dc_ae_rules, DC_AE_DROPPED)
+    """The autoencoder under the official keys. Arguments as for `convert_transformer`."""
+    return dict(iterate_dc_ae(dict(state_dict), layout))
 
 
-def _convert(
+def iterate_transformer(state_dict: StateDict, layout: str) -> Iterator[tuple[str, Tensor]]:
+    """What `convert_transformer` returns, one by one. Empties `state_dict`, so that nothing is in memory twice."""
+    return _iterate_official(state_dict, layout, transformer_rules, TRANSFORMER_DROPPED)
+
+
+def iterate_dc_ae(state_dict: StateDict, layout: str) -> Iterator[tuple[str, Tensor]]:
+    """What `convert_dc_ae` returns, one by one. Empties `state_dict`, so that nothing is in memory twice."""
+    return _iterate_official(state_dict, layout, dc_ae_rules, DC_AE_DROPPED)
+
+
+def _iterate_official(
     state_dict: StateDict,
     layout: str,
-    rules: Callable[[StateDict], tuple[Rule, ...]],
+    rules_of: Callable[[StateDict], tuple[Rule, ...]],
     dropped: re.Pattern,
-) -> StateDict:
-    state_dict = {key: tensor for key, tensor in state_dict.items() if not dropped.fullmatch(key)}
-    if layout == "official":
-        return state_dict
-    if layout == "diffusers":
-        return diffusers_to_official(state_dict, rules(state_dict))
-    raise CheckpointError(f'The layout {layout!r} is unknown, expected "official" or "diffusers".')
-
-
-def diffusers_to_official(state_dict: StateDict, rules: tuple[Rule, ...]) -> StateDict:
-    """Rename and join. Empties `state_dict` as it goes, so that joined tensors do not stay in memory twice."""
-    converted: StateDict = {}
-    parts: dict[str, dict[str, Tensor]] = {}  # official key -> diffusers key -> part
+) -> Iterator[tuple[str, Tensor]]:
+    if layout not in ("official", "diffusers"):
+        raise CheckpointError(f'The layout {layout!r} is unknown, expected "official" or "diffusers".')
+    rules = rules_of(state_dict) if layout == "diffusers" else ()
+    parts: dict[str, StateDict] = {}  # official key -> diffusers key -> part
     for key in list(state_dict):
+        tensor = state_dict.pop(key)
         rule, official = _official_key(key, rules)
+        if dropped.fullmatch(key):
+            continue
         if rule is None:
-            converted[key] = state_dict.pop(key)
+            yield key, tensor
             continue
         group = parts.setdefault(official, {})
-        group[key] = state_dict.pop(key)
+        group[key] = tensor
         if len(group) == len(rule.diffusers):
-            converted[official] = _join(rule, official, parts.pop(official))
+            yield official, _join(rule, official, parts.pop(official))
     for group in parts.values():
-        converted |= group
-    return converted
+        yield from group.items()
 
 
 def _official_key(key: str, rules: tuple[Rule, ...]) -> tuple[Rule | None, str]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import DCAEConfig, SanaConfig
 from ..kernels import REFERENCE, Kernels
@@ -15,8 +15,8 @@ from ..models.sana import SanaTransformer
 from .configuration import CONFIG_KEY, dc_ae_to_diffusers, dump_config, transformer_to_diffusers
 from .detection import detect_dc_ae, detect_transformer
 from .families import DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_prefix
-from .files import CheckpointError, StateDict, locate_weights, read_files, write_json, write_safetensors
-from .keys import convert_dc_ae, convert_transformer, dc_ae_rules, official_to_diffusers, transformer_rules
+from .files import CheckpointError, Source, StateDict, locate_weights, read_files, write_json, write_safetensors
+from .keys import dc_ae_rules, iterate_dc_ae, iterate_transformer, official_to_diffusers, transformer_rules
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +34,28 @@ def read_transformer(
         path: .pth or .safetensors file, diffusers folder of the model or of a pipeline, folder of the official
             repository.
         variant: a preset's name, for what shapes cannot tell.
-        dtype: which of several precisions in a folder to read; the tensors are not cast.
+        dtype: to cast the weights to, and of which to read the files where a folder has several precisions.
 
     Raises:
         CheckpointError: see `detect_transformer`.
     """
     source = locate_weights(path, ("transformer", "checkpoints"), dtype)
+    return _read(source, TRANSFORMER_ANCHORS, detect_transformer, iterate_transformer, variant, dtype)
+
+
+def _read(source: Source, anchors: dict[str, str], detect, iterate, variant: str | None, dtype: torch.dtype | None):
     state_dict, metadata = read_files(source.files)
-    state_dict = strip_prefix(state_dict, TRANSFORMER_ANCHORS.values())
-    config, layout, reason = detect_transformer(
+    state_dict = strip_prefix(state_dict, anchors.values())
+    config, layout, reason = detect(
         state_dict, variant=variant, metadata=metadata, config_json=source.config, path=source.files[0]
     )
-    logger.info("%s: %s (%s layout)", path, reason, layout)
-    return config, convert_transformer(state_dict, layout)
+    logger.info("%s: %s (%s layout)", source.path, reason, layout)
+    return config, {key: cast_weight(tensor, "cpu", dtype) for key, tensor in iterate(state_dict, layout)}
+
+
+def cast_weight(tensor: Tensor, device: torch.device | str, dtype: torch.dtype | None) -> Tensor:
+    """Move the tensor, and cast it if it is of floating point: counters stay what they are."""
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
 
 def load_transformer(
@@ -85,14 +94,7 @@ def read_dc_ae(
     path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[DCAEConfig, StateDict]:
     """Configuration and weights, under the official keys, of an autoencoder. Arguments as for `read_transformer`."""
-    source = locate_weights(path, ("vae",), dtype)
-    state_dict, metadata = read_files(source.files)
-    state_dict = strip_prefix(state_dict, DC_AE_ANCHORS.values())
-    config, layout, reason = detect_dc_ae(
-        state_dict, variant=variant, metadata=metadata, config_json=source.config, path=source.files[0]
-    )
-    logger.info("%s: %s (%s layout)", path, reason, layout)
-    return config, convert_dc_ae(state_dict, layout)
+    return _read(locate_weights(path, ("vae",), dtype), DC_AE_ANCHORS, detect_dc_ae, iterate_dc_ae, variant, dtype)
 
 
 def load_dc_ae(
@@ -106,8 +108,9 @@ def load_dc_ae(
 
     Float16 overflows in the deep stages: weights stored in it, or asked for in it, become float32, and the log says so.
     """
+    dtype = dtype and wide_dtype(dtype, torch.float32, "DC-AE", path)
     config, state_dict = read_dc_ae(path, variant=variant, dtype=dtype)
-    dtype = wide_dtype(dtype or main_dtype(state_dict), torch.float32, "DC-AE", path)
+    dtype = dtype or wide_dtype(main_dtype(state_dict), torch.float32, "DC-AE", path)
     return fill_model(DCAE(config, device="meta", dtype=dtype), state_dict, path, device, dtype)
 
 
@@ -137,13 +140,12 @@ def fill_model(
 ) -> nn.Module:
     """Put the weights into a model on the meta device, cast and moved one by one; returns it in eval mode.
 
-    Empties `state_dict`, so that no more than one copy is held. Raises CheckpointError unless keys and shapes agree
+    Casts in `state_dict` itself, so that one copy is held. Raises CheckpointError unless keys and shapes agree
     exactly.
     """
     check_weights(state_dict, {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}, path)
-    for name in list(state_dict):
-        tensor = state_dict.pop(name)
-        state_dict[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    for key in list(state_dict):
+        state_dict[key] = cast_weight(state_dict.pop(key), device, dtype)
     model.load_state_dict(state_dict, strict=True, assign=True)
     return model.eval()
 

@@ -43,6 +43,17 @@ def test_torch_files_are_unwrapped(tmp_path, wrap, zipped):
     assert_same(read_state_dict(tmp_path / "x.pth")[0])
 
 
+def test_header_may_begin_with_the_byte_of_a_pickle(tmp_path):
+    padding = next(size for size in range(300) if save_with_metadata(tmp_path / "x.safetensors", size)[0] == 0x80)
+    assert padding < 300
+    assert_same(read_state_dict(tmp_path / "x.safetensors")[0])
+
+
+def save_with_metadata(path, size):
+    save_file(TENSORS, path, metadata={"padding": " " * size})
+    return path.read_bytes()
+
+
 def test_format_is_told_by_content_not_by_suffix(tmp_path):
     torch.save(TENSORS, tmp_path / "x.safetensors")
     save_file(TENSORS, tmp_path / "y.pth")
@@ -68,7 +79,7 @@ def test_tensors_are_mapped_not_read(tmp_path, save):
 
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path):
     torch.save({"state_dict": TENSORS, "payload": Bomb(tmp_path / "ran")}, tmp_path / "x.pth")
-    (tmp_path / "y.pth").write_bytes(pickle.dumps({"payload": Bomb(tmp_path / "ran")}))
+    (tmp_path / "y.pth").write_bytes(pickle.dumps({"payload": Bomb(tmp_path / "ran")}, protocol=2))
     for name in ("x.pth", "y.pth"):
         with pytest.raises(CheckpointError, match=f"{name} holds pickled Python objects.*not loaded.*safetensors"):
             read_state_dict(tmp_path / name)
