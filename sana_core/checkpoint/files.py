@@ -253,7 +253,10 @@ def write_safetensors(state_dict: StateDict, path: str | Path, metadata: dict[st
         shares_storage = tensor.untyped_storage().nbytes() != tensor.nbytes
         tensors[key] = tensor.clone() if shares_storage else tensor  # the format refuses views into larger storages
     with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         save_file(tensors, temporary, metadata={"format": "pt", **metadata})
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
 
 
 def write_json(content: dict, path: str | Path) -> None:

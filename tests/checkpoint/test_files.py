@@ -2,6 +2,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sana_core.checkpoint import CheckpointError, read_state_dict
 from sana_core.checkpoint.files import atomic_path, locate_weights, read_json, write_safetensors
 
+ROOT = Path(__file__).parents[2]
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.tensor([1, 2], dtype=torch.uint8)}
 
 
@@ -73,7 +75,9 @@ def test_tensors_are_mapped_not_read(tmp_path, save):
         "assert sum(tensor.numel() for tensor in state_dict.values()) == 1 << 26\n"
         "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
     )
-    result = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", script, str(path)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
     assert int(result.stdout) < 64
 
 
@@ -237,6 +241,12 @@ def test_write_makes_folders_and_leaves_nothing_else(tmp_path):
     write_safetensors(TENSORS, path, {"key": "value"})
     assert_same(load_file(path))
     assert [entry.name for entry in path.parent.iterdir()] == ["x.safetensors"]
+
+
+def test_written_files_have_the_usual_permissions(tmp_path):
+    write_safetensors(TENSORS, tmp_path / "x.safetensors", {})
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "x.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def test_interrupted_write_keeps_the_old_file(tmp_path):

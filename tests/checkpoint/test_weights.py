@@ -2,6 +2,7 @@ import json
 import logging
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -30,6 +31,7 @@ from sana_core.models.dc_ae import DCAE
 from sana_core.models.sana import SanaTransformer
 from tests import tiny
 
+ROOT = Path(__file__).parents[2]
 TRANSFORMERS_BUILT = {
     "1.0": {},
     "1.5": {"qk_norm": True},
@@ -311,7 +313,7 @@ def test_loading_holds_one_copy_of_the_weights(layout, dtype, tmp_path):
     model = tiny.transformer(hidden_size=512, depth=12)
     save_transformer(model, tmp_path / "m.safetensors", layout=layout)
     command = [sys.executable, "-c", MEASURE_PEAK, str(tmp_path / "m.safetensors"), dtype]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
     peak, size = map(int, output.split())
     assert size > 80
     assert peak < 1.15 * size + 32, (peak, size)
