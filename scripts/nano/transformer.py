@@ -51,8 +51,8 @@ def encode_scenes(vae: DCAE, count: int, path: Path) -> tuple[Tensor, list[scene
         return torch.load(path, weights_only=True), drawn
     device = next(vae.parameters()).device
     latents = []
-    for start in tqdm(range(0, count, 16), desc="latents"):
-        pixels = to_pixels(np.stack([scenes.draw(scene) for scene in drawn[start : start + 16]])).to(device)
+    for start in tqdm(range(0, count, 4), desc="latents"):
+        pixels = to_pixels(np.stack([scenes.draw(scene) for scene in drawn[start : start + 4]])).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             latents.append((vae.encode(pixels).float() * vae.config.scaling_factor).cpu())
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = torch.device(args.device)
-    vae = load_dc_ae(args.vae, device=device, dtype=torch.float32)
+    vae = load_dc_ae(args.vae, device=device, dtype=torch.float32).to(memory_format=torch.channels_last)
     encoder = load_text_encoder(args.text_encoder, device=device, dtype=torch.float32)
     latents, drawn = encode_scenes(vae, args.scenes, args.run / "latents.pt")
     model = SanaTransformer(
