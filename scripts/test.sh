@@ -29,7 +29,7 @@ install_system_packages() {
 }
 
 run_pytest() {
-    .venv/bin/python -m pytest --durations=10 -rs "$@" || fail "tests FAILED"
+    .venv/bin/python -m pytest --durations=10 -rfEs "$@" || fail "tests FAILED"
 }
 
 install_system_packages
