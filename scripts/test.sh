@@ -12,20 +12,20 @@ EMOJI_FONT=/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
 # The browser tests need Chromium, the scene tests the emoji font. Only root can install them, on Debian's family only.
 install_system_packages() {
-    local packages=()
+    local packages=() log
     command -v chromium >/dev/null || packages+=(chromium)
     [ -f "$EMOJI_FONT" ] || packages+=(fonts-noto-color-emoji)
     [ ${#packages[@]} -gt 0 ] || return 0
-    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-        printf '\n*** Not installed: %s. The tests that need it are SKIPPED (they FAIL where CI is set). ***\n' "${packages[*]}" >&2
-        printf '*** To run them: sudo apt-get install %s ***\n\n' "${packages[*]}" >&2
-        return 0
+    if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
+        log=$(mktemp)
+        (
+            with_progress "Updating the list of system packages" "$log" apt-get update
+            with_progress "Installing ${packages[*]}" "$log" \
+                env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${packages[@]}"
+        ) && return
     fi
-    local log
-    log=$(mktemp)
-    with_progress "Updating the list of system packages" "$log" apt-get update
-    with_progress "Installing ${packages[*]}" "$log" \
-        env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "${packages[@]}"
+    printf '\n*** NOT INSTALLED: %s. The tests that need it are SKIPPED, or FAIL where CI is set. ***\n' "${packages[*]}" >&2
+    printf '*** As root on Debian: apt-get install %s ***\n\n' "${packages[*]}" >&2
 }
 
 run_pytest() {
