@@ -11,6 +11,7 @@ with_progress() {
     local label=$1 log=$2 status=0 last command
     shift 2
     SECONDS=0
+    : >"$log" # before the command starts, since its end is read at once
     "$@" >"$log" 2>&1 &
     command=$!
     # shellcheck disable=SC2064  # the process id as it is now
