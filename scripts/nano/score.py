@@ -9,7 +9,10 @@ import logging
 import time
 from pathlib import Path
 
+import einops
+import numpy as np
 import torch
+from PIL import Image
 
 from sana_core.pipeline import SanaPipeline
 
@@ -19,6 +22,17 @@ from .transformer import draw_pictures
 
 MODELS = Path(__file__).parents[2] / "models"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
+SHOWN = (  # prompts of the README's picture, three in a row
+    "a panda on the left of a red background",
+    "a fox in the center of a blue background",
+    "a rocket on the right of a black background",
+    "黄色背景右边的机器人",
+    "一朵向日葵在紫色背景的中间",
+    "绿色背景左边的幽灵",
+    "🍓⬆️⬜",
+    "🐙⏺️🟧",
+    "⛄⬇️🟦",
+)
 
 
 def load_nano(device: str) -> SanaPipeline:
@@ -30,6 +44,12 @@ def load_nano(device: str) -> SanaPipeline:
         device=device,
         dtype=torch.float32,
     )
+
+
+def draw_grid(pipe: SanaPipeline) -> Image.Image:
+    """Pictures of `SHOWN` in rows of three."""
+    pictures = [np.array(picture) for picture in pipe(SHOWN, seed=1)]
+    return Image.fromarray(einops.rearrange(pictures, "(row column) h w c -> (row h) (column w) c", column=3))
 
 
 def main() -> None:
@@ -55,6 +75,7 @@ def main() -> None:
         sheet = evaluate.contact_sheet(pictures[:count], captions[:count], SHEET_COLUMNS)
         sheet.save(args.output / f"{language}.png")
         logging.info("%s: %s", language, scores)
+    draw_grid(pipe).save(args.output / "sana_nano.png", optimize=True)
     (args.output / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
     logging.info("Wrote %s", args.output)
 
