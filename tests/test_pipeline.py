@@ -25,9 +25,9 @@ def calls(pipe, monkeypatch):
     """What the transformer is called with, one (x, timestep, context) for each call."""
     seen, forward = [], pipe.transformer.forward
 
-    def record(x, timestep, context):
+    def record(x, timestep, context, **options):
         seen.append((x, timestep, context))
-        return forward(x, timestep, context)
+        return forward(x, timestep, context, **options)
 
     monkeypatch.setattr(pipe.transformer, "forward", record)
     return seen
