@@ -167,7 +167,7 @@ def _add_generate(commands) -> None:
         "--pag-scale",
         type=float,
         default=PAG_OFF,
-        help="of perturbed-attention guidance, which counts above 1: more coherent shapes, for half the time more",
+        help="of perturbed-attention guidance, which counts above 1: more coherent shapes in 1.5 times the time",
     )
     add("--pag-layers", type=_layers, metavar="8,14", help="blocks that it perturbs; the default is the model's own")
     add(

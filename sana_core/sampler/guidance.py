@@ -41,7 +41,7 @@ def check_interval(interval: Interval) -> None:
 
 def is_within(interval: Interval | None, sigma: Tensor) -> bool:
     """Whether guidance acts at this noise level [B], one for the whole batch; without interval it always does."""
-    return interval is None or interval[0] < float(sigma[0]) < interval[1]
+    return interval is None or bool(interval[0] < sigma[0] < interval[1])
 
 
 def cfg_denoiser(
