@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .autoencoder import SanaDCAEDecode, SanaDCAEEncode
 from .conditioning import SanaPromptEncode
+from .guidance import SanaPAG
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     SanaSampler,
     SanaFlowDPMSolver,
     SanaScheduler,
+    SanaPAG,
 ]
 
 _MODELS = Path(__file__).parents[1] / "models"

@@ -65,15 +65,15 @@ class Hooks:
         extra_options = {**self.options, "n_heads": q.shape[2], "dim_head": q.shape[3], "block": ("block", index)}
         return patch(q.flatten(2), k.flatten(2), v.flatten(2), extra_options).unflatten(2, q.shape[2:])
 
-    def run_block(self, index: int, block, tokens, keys_values, mask, t0, height, width) -> Tensor:
-        """Block `index`, or what a "dit" patch puts in its place."""
+    def run_block(self, index: int, block, tokens, keys_values, mask, t0, *geometry) -> Tensor:
+        """Block `index`, or what a "dit" patch puts in its place. `geometry`: height, width, perturbed rows."""
         patches = self.options.get("patches_replace", {}).get("dit", {})
         patch = patches.get(("double_block", index)) or patches.get(("block", index))
         if patch is None:
-            return block(tokens, keys_values, mask, t0, height, width)
+            return block(tokens, keys_values, mask, t0, *geometry)
 
         def original_block(args: dict) -> dict:
-            return {"img": block(args["img"], args["txt"], mask, args["vec"], height, width)}
+            return {"img": block(args["img"], args["txt"], mask, args["vec"], *geometry)}
 
         args = {"img": tokens, "txt": keys_values, "vec": t0, "transformer_options": self.options}
         return patch(args, {"original_block": original_block})["img"]

@@ -1,6 +1,7 @@
 """Sampling as the official Sana code does it, inside ComfyUI's own machinery."""
 
 import functools
+import logging
 
 import comfy.model_management
 import comfy.model_sampling
@@ -12,8 +13,12 @@ import torch
 from comfy_api.latest import io
 
 from ..sana_core.sampler.flow import SAMPLERS
+from ..sana_core.sampler.guidance import PAG_OFF, Interval
 from ..sana_core.sampler.schedule import SCHEDULES
 from .adapter import FLOOR_TIMESTEPS
+from .guidance import IntervalGuider, perturb_attention
+
+log = logging.getLogger(__name__)
 
 _FULL_NOISE = 0.995  # the official first sigma is 0.9990 or more for any shift from 1 up
 
@@ -55,6 +60,21 @@ def flow_sigmas(model, schedule: str, steps: int, shift: float, denoise: float) 
         return torch.empty(0)
     sigmas = SCHEDULES[schedule](int(steps / min(denoise, 1.0)), shift or _model_shift(model))
     return sigmas[-(steps + 1) :]
+
+
+def _guider(model, positive, negative, cfg: float, pag_scale: float, interval: Interval | None) -> IntervalGuider:
+    if interval == (0, 1):
+        interval = None  # everywhere, also where flow_euler starts: at 1 itself
+    if pag_scale > PAG_OFF:
+        model = perturb_attention(model, pag_scale)
+        if interval is not None:
+            log.warning("The guidance interval is ignored: perturbed-attention guidance is on.")
+            interval = None
+    guider = IntervalGuider(model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    guider.set_interval(interval)
+    return guider
 
 
 def _model_shift(model) -> float:
@@ -100,6 +120,12 @@ def _denoise() -> io.Float.Input:
         max=1.0,
         step=0.01,
         tooltip="1 makes a new picture. Lower values keep more of the input latent (image to image).",
+    )
+
+
+def _interval_end(name: str, default: float, tooltip: str) -> io.Float.Input:
+    return io.Float.Input(
+        name, default=default, min=0.0, max=1.0, step=0.01, optional=True, advanced=True, tooltip=tooltip
     )
 
 
@@ -151,13 +177,50 @@ class SanaSampler(io.ComfyNode):
                 ),
                 _shift(),
                 _denoise(),
+                io.Float.Input(
+                    "pag_scale",
+                    default=PAG_OFF,
+                    optional=True,
+                    min=0.0,
+                    max=30.0,
+                    step=0.1,
+                    round=0.01,
+                    advanced=True,
+                    tooltip="Perturbed-attention guidance, for more coherent shapes in 1.5 times the time. As in "
+                    "official Sana it is off up to 1; try 2 with cfg 5. Sana PAG has more settings.",
+                ),
+                _interval_end(
+                    "guidance_interval_low",
+                    0.0,
+                    "cfg counts only above this noise level, of 0 to 1; below, the prompt alone is followed, in half "
+                    "the time. Ignored with pag_scale.",
+                ),
+                _interval_end(
+                    "guidance_interval_high",
+                    1.0,
+                    "cfg counts only below this noise level, of 0 to 1; above, the prompt alone is followed, in half "
+                    "the time. Ignored with pag_scale.",
+                ),
             ],
             outputs=[io.Latent.Output("latent", display_name="LATENT", tooltip="The sampled latent.")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, negative, latent_image, seed, steps, cfg, sampler, shift=0.0, denoise=1.0
+        cls,
+        model,
+        positive,
+        negative,
+        latent_image,
+        seed,
+        steps,
+        cfg,
+        sampler,
+        shift=0.0,
+        denoise=1.0,
+        pag_scale=PAG_OFF,
+        guidance_interval_low=0.0,
+        guidance_interval_high=1.0,
     ) -> io.NodeOutput:
         """The latent dictionary with new samples."""
         samples = comfy.sample.fix_empty_latent_channels(
@@ -167,20 +230,18 @@ class SanaSampler(io.ComfyNode):
             latent_image.get("downscale_ratio_temporal"),
         )
         sigmas = flow_sigmas(model, sampler, steps, shift, denoise)
-        samples = comfy.sample.sample_custom(
-            model,
+        interval = (guidance_interval_low, guidance_interval_high)
+        guider = _guider(model, positive, negative, cfg, pag_scale, interval)
+        samples = guider.sample(
             comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index")),
-            cfg,
+            samples,
             flow_sampler(sampler),
             sigmas,
-            positive,
-            negative,
-            samples,
-            noise_mask=latent_image.get("noise_mask"),
+            denoise_mask=latent_image.get("noise_mask"),
             callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
-        )
+        ).to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())
         resized = {"downscale_ratio_spacial", "downscale_ratio_temporal"}  # has been acted upon
         kept = {key: value for key, value in latent_image.items() if key not in resized}
         return io.NodeOutput({**kept, "samples": samples})

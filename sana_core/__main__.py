@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from .checkpoint import load_dc_ae, load_transformer, save_dc_ae, save_transformer
 from .pipeline import SanaPipeline
 from .sampler.flow import SAMPLERS
+from .sampler.guidance import PAG_OFF, parse_layers
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,9 @@ def generate(args: argparse.Namespace) -> None:
         "negative_prompt": args.negative_prompt,
         "num_inference_steps": args.steps,
         "guidance_scale": args.guidance_scale,
+        "pag_guidance_scale": args.pag_scale,
+        "pag_applied_layers": args.pag_layers,
+        "guidance_interval": args.guidance_interval,
         "sampler": args.sampler,
         "shift": pipe.shift if args.shift is None else args.shift,
         "complex_human_instruction": args.instruction,
@@ -159,6 +163,20 @@ def _add_generate(commands) -> None:
     add("--width", type=int, help="pixels, a multiple of 32; the default is the model's own size")
     add("--steps", type=int, default=20, help="of the sampler")
     add("--guidance-scale", type=float, default=4.5, help="how closely to follow the prompt; 1 switches guidance off")
+    add(
+        "--pag-scale",
+        type=float,
+        default=PAG_OFF,
+        help="of perturbed-attention guidance, which counts above 1: more coherent shapes in 1.5 times the time",
+    )
+    add("--pag-layers", type=_layers, metavar="8,14", help="blocks that it perturbs; the default is the model's own")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide between these noise levels of 0 to 1 only, which saves time; not with --pag-scale",
+    )
     add("--sampler", choices=list(SAMPLERS), default="flow_dpm-solver", help="method")
     add("--shift", type=float, help="of the schedule; the default is the model's own")
     add("--no-instruction", dest="instruction", action="store_false", help="encode the prompt without the instruction")
@@ -184,6 +202,13 @@ def _add_convert(commands) -> None:
     add("--dtype", choices=list(DTYPES), help="of the weights; the default is the input's")
     add("--verbose", action="store_true", help="say what was detected, and why so")
     parser.set_defaults(run=convert)
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return parse_layers(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _device(name: str) -> torch.device:

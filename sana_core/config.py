@@ -3,6 +3,7 @@
 Sources: NVlabs/Sana `configs/` and `diffusion/model/nets/`, mit-han-lab/efficientvit `dc_ae.py`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 
@@ -32,6 +33,21 @@ class SanaConfig:
     def perturbed_layer(self) -> int:
         """Index of the block that perturbed-attention guidance perturbs when the user names none."""
         return self.depth // 2 if self.pag_layer is None else self.pag_layer
+
+    def perturbed_layers(self, layers: Sequence[int] | None = None) -> tuple[int, ...]:
+        """Indices of the blocks that perturbed-attention guidance perturbs: those named, or the model's own for None.
+
+        Raises:
+            ValueError: no block is named, or one that the model does not have.
+        """
+        layers = (self.perturbed_layer,) if layers is None else tuple(layers)
+        wrong = [layer for layer in layers if layer not in range(self.depth)]
+        if wrong or not layers:
+            raise ValueError(
+                f"perturbed-attention guidance shall perturb the blocks {list(layers)}: expected one or more of 0 to "
+                f"{self.depth - 1}, the blocks of this model. Its own choice is {self.perturbed_layer}"
+            )
+        return layers
 
     @property
     def clamps_attention(self) -> bool:

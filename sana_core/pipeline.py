@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .checkpoint import load_dc_ae, load_text_encoder, load_transformer
+from .models.sana import Perturbation
 from .resolution import check_size
 from .sampler.flow import SAMPLERS
-from .sampler.guidance import cfg_denoiser
+from .sampler.guidance import PAG_OFF, cfg_denoiser
 from .sampler.schedule import SCHEDULES
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,9 @@ class SanaPipeline:
         width: int | None = None,
         num_inference_steps: int = 20,
         guidance_scale: float = 4.5,
+        pag_guidance_scale: float = PAG_OFF,
+        pag_applied_layers: int | Sequence[int] | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         sampler: str = "flow_dpm-solver",
         shift: float | None = None,
         complex_human_instruction: bool | str = True,
@@ -135,6 +139,10 @@ class SanaPipeline:
 
         negative_prompt: what to keep away from, one for all or one each; unused at guidance_scale 1.
         height, width: pixels, multiples of the autoencoder's compression; None takes the model's own size.
+        pag_guidance_scale: of perturbed-attention guidance, which needs a scale above 1; official Sana has used 2.
+        pag_applied_layers: blocks of the transformer that it perturbs; None takes the model's own.
+        guidance_interval: noise levels (low, high), of 0 to 1 and after the shift, between which guidance_scale
+            counts; outside only the prompt is asked. Ignored with perturbed-attention guidance, as official Sana does.
         sampler: "flow_dpm-solver" or "flow_euler", each on its official schedule.
         shift: of the schedule; None takes the model's.
         complex_human_instruction: True puts the official text before the prompt, a string replaces it, False omits it.
@@ -150,6 +158,9 @@ class SanaPipeline:
             raise ValueError(f'output_type is {output_type!r}, expected "pil", "pt" or "latent"')
         if sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        layers = self._perturbed_layers(pag_applied_layers)
+        if pag_guidance_scale > PAG_OFF and guidance_interval is not None:
+            logger.warning("the guidance interval is ignored: perturbed-attention guidance is on")
         sigmas = SCHEDULES[sampler](num_inference_steps, self.shift if shift is None else shift)
         shape = self._latent_shape(height, width)
         cond = self._prepare_captions(prompt, complex_human_instruction, prompt_embeds, prompt_mask)
@@ -159,7 +170,13 @@ class SanaPipeline:
             captions = _join(self._encode_negative(negative_prompt, len(cond.embeds)), cond)
         # Official Flow-DPM-Solver truncates the timestep, unless the model divides it by itself.
         whole = sampler == "flow_dpm-solver" and self.transformer.config.timestep_scale == 1
-        model = cfg_denoiser(self._velocity(captions), scale=guidance_scale, floor_timesteps=whole)
+        model = cfg_denoiser(
+            self._velocity(captions, layers),
+            scale=guidance_scale,
+            pag_scale=pag_guidance_scale,
+            interval=guidance_interval,
+            floor_timesteps=whole,
+        )
         x = SAMPLERS[sampler](model, x, sigmas.to(x.device), callback=callback)
         if output_type == "latent":
             return x
@@ -192,6 +209,9 @@ class SanaPipeline:
             )
         if config.guidance_embed:
             raise ValueError("this is a Sana-Sprint transformer, which flow samplers cannot sample; use a base model")
+
+    def _perturbed_layers(self, layers: int | Sequence[int] | None) -> tuple[int, ...]:
+        return self.transformer.config.perturbed_layers([layers] if isinstance(layers, int) else layers)
 
     def _latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         height = self.transformer.config.image_size if height is None else height
@@ -242,14 +262,20 @@ class SanaPipeline:
         place = "cpu" if generator is None else generator.device
         return torch.randn(shape, generator=generator, device=place).to(self.device)
 
-    def _velocity(self, captions: Captions) -> Callable[[Tensor, Tensor], Tensor]:
-        """The transformer with its captions in place; counts its calls, one a step, to say where it failed."""
+    def _velocity(self, captions: Captions, layers: tuple[int, ...]) -> Callable[..., Tensor]:
+        """What `cfg_denoiser` asks: the transformer with its captions in place, and the layers that it perturbs.
+
+        Fewer rows than captions are the last ones. Calls, one a step, are counted to say where it failed.
+        """
         model = self.transformer
         context = model.prepare_context(captions.embeds.to(model.dtype), captions.mask)
         steps = itertools.count(1)
 
-        def velocity(x: Tensor, timestep: Tensor) -> Tensor:
-            return require_finite(model(x.to(model.dtype), timestep, context), f"the transformer at step {next(steps)}")
+        def velocity(x: Tensor, timestep: Tensor, perturbed_rows: int = 0) -> Tensor:
+            cache = context if len(x) == len(captions.mask) else context.rows(slice(-len(x), None))
+            perturbation = Perturbation(layers, perturbed_rows) if perturbed_rows else None
+            rows = model(x.to(model.dtype), timestep, cache, perturbation=perturbation)
+            return require_finite(rows, f"the transformer at step {next(steps)}")
 
         return velocity
 

@@ -52,6 +52,9 @@ def test_generate_in_a_process_of_its_own(model_options, files, tmp_path):
         "negative_prompt": "",
         "num_inference_steps": 2,
         "guidance_scale": 4.5,
+        "pag_guidance_scale": 1.0,
+        "pag_applied_layers": None,
+        "guidance_interval": None,
         "sampler": "flow_dpm-solver",
         "shift": 3.0,
         "complex_human_instruction": True,
@@ -65,14 +68,18 @@ def test_generate_in_a_process_of_its_own(model_options, files, tmp_path):
         assert picture.tobytes() == expected.tobytes()
 
 
-def test_metadata_is_enough_to_draw_the_picture_again(model_options, files, tmp_path, capsys):
+@pytest.mark.parametrize("guidance", ["--pag-scale 2 --pag-layers 0,1", "--guidance-interval 0.2 0.9"])
+def test_metadata_is_enough_to_draw_the_picture_again(model_options, files, tmp_path, capsys, guidance):
     extra = ["--negative-prompt", "blurry", "--sampler", "flow_euler", "--shift", "2", "--guidance-scale", "3"]
+    extra += guidance.split()
     output = tmp_path / "random.png"
     assert (
         main(["generate", *model_options, *extra, "--no-instruction", "--prompt", PROMPT, "--output", str(output)]) == 0
     )
     settings = metadata_of(output)
     del settings["models"]
+    given = [settings[name] for name in ("pag_guidance_scale", "pag_applied_layers", "guidance_interval")]
+    assert given == ([2.0, [0, 1], None] if "pag" in guidance else [1.0, None, [0.2, 0.9]])
     (again,) = SanaPipeline.from_files(**files, device="cpu")(**settings)
     with Image.open(output) as picture:
         assert picture.tobytes() == again.tobytes()
@@ -131,6 +138,15 @@ def test_options_that_do_not_fit_are_one_line(options, message, tmp_path, monkey
     assert main(["generate", "--prompt", "a cat", *options]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+def test_bad_layers_say_which_there_are(model_options, tmp_path, capsys):
+    options = ["--prompt", "a cat", "--output", str(tmp_path / "cat.png"), "--pag-layers"]
+    assert main(["generate", *model_options, *options, "8"]) == 1
+    assert "blocks [8]: expected one or more of 0 to 1" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["generate", *model_options, *options, "8;14"])
+    assert "the layers are '8;14': expected numbers with commas" in capsys.readouterr().err
 
 
 def test_bad_size_is_one_line_and_leaves_no_file(model_options, tmp_path, capsys):
@@ -228,6 +244,9 @@ def test_help_names_every_command(command, capsys):
             "--width",
             "--steps",
             "--guidance-scale",
+            "--pag-scale",
+            "--pag-layers",
+            "--guidance-interval",
             "--seed",
             "--dtype",
         ):

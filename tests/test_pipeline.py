@@ -25,9 +25,9 @@ def calls(pipe, monkeypatch):
     """What the transformer is called with, one (x, timestep, context) for each call."""
     seen, forward = [], pipe.transformer.forward
 
-    def record(x, timestep, context):
+    def record(x, timestep, context, **options):
         seen.append((x, timestep, context))
-        return forward(x, timestep, context)
+        return forward(x, timestep, context, **options)
 
     monkeypatch.setattr(pipe.transformer, "forward", record)
     return seen
@@ -127,6 +127,58 @@ def test_guidance_costs_one_call_of_twice_the_rows(pipe, calls):
 def test_guidance_of_one_needs_no_negative_prompt(pipe, calls):
     pipe([SHORT, LONG], "blurry", seed=1, guidance_scale=1.0, **QUICK)
     assert [len(x) for x, _, _ in calls] == [2, 2, 2]
+
+
+def test_a_perturbed_first_step_is_the_written_out_one(pipe):
+    """Each caption and the perturbed prompt in a call of its own, with the identity for the layer's attention."""
+    states, transformer = [], tiny.transformer()
+    options = {"pag_guidance_scale": 2.0, "pag_applied_layers": 0, "guidance_scale": 5.0}
+    pipe(SHORT, LONG, seed=7, num_inference_steps=4, callback=lambda step: states.append(step["x"]), **options)
+    x, (sigma, sigma_next) = states[0], get_sigmas_flow(4, 3.0)[:2]
+    timestep = torch.tensor([999.0])
+    with torch.no_grad():
+        cond = transformer(x, timestep, *pipe.text_encoder.encode(SHORT))
+        uncond = transformer(x, timestep, *pipe.text_encoder.encode(LONG, chi=False))
+        attention = transformer.blocks[0].attn
+        attention.forward = lambda x, *_: attention.proj(attention.qkv(x).chunk(3, dim=-1)[2])
+        perturbed = transformer(x, timestep, *pipe.text_encoder.encode(SHORT))
+    velocity = uncond + 5 * (cond - uncond) + 2 * (cond - perturbed)
+    torch.testing.assert_close(states[1], x + (sigma_next - sigma) * velocity, atol=2e-5, rtol=1e-5)
+
+
+def test_a_perturbed_batch_equals_one_by_one(pipe):
+    noise = prepare_noise((2, 32, 3, 3), 11)
+    for scale in (4.5, 1.0):
+        options = {**QUICK, "pag_guidance_scale": 2.0, "guidance_scale": scale}
+        both = pipe([SHORT, LONG], ["", "blurry"], latents=noise, **options)
+        pairs = zip((SHORT, LONG), ("", "blurry"), noise.split(1), strict=True)
+        alone = torch.cat([pipe(prompt, negative, latents=row, **options) for prompt, negative, row in pairs])
+        torch.testing.assert_close(both, alone, atol=2e-5, rtol=1e-4)
+        assert not torch.allclose(both, pipe([SHORT, LONG], ["", "blurry"], latents=noise, **QUICK), atol=1e-3)
+
+
+def test_perturbed_attention_guidance_is_off_up_to_one(pipe):
+    plain = pipe(SHORT, seed=1, **QUICK)
+    assert torch.equal(pipe(SHORT, seed=1, pag_guidance_scale=1.0, pag_applied_layers=[0], **QUICK), plain)
+    own = tiny.TRANSFORMER.perturbed_layer
+    default = pipe(SHORT, seed=1, pag_guidance_scale=1.5, **QUICK)
+    assert torch.equal(pipe(SHORT, seed=1, pag_guidance_scale=1.5, pag_applied_layers=[own], **QUICK), default)
+    assert not torch.equal(pipe(SHORT, seed=1, pag_guidance_scale=1.5, pag_applied_layers=[0], **QUICK), default)
+
+
+def test_guidance_counts_within_its_interval(pipe, calls, caplog):
+    """Sigmas of three steps at shift 3: 0.9997, 0.857, 0.6."""
+    pipe([SHORT, LONG], "blurry", seed=1, guidance_interval=(0.7, 0.9), **QUICK)
+    assert [len(x) for x, _, _ in calls] == [2, 4, 2]
+    nowhere = pipe([SHORT, LONG], "blurry", seed=1, guidance_interval=(0.1, 0.2), **QUICK)
+    without = pipe([SHORT, LONG], seed=1, guidance_scale=1, **QUICK)
+    torch.testing.assert_close(nowhere, without, atol=2e-5, rtol=1e-4)
+    everywhere = pipe(SHORT, seed=1, guidance_interval=(0, 1), **QUICK)
+    assert torch.equal(everywhere, pipe(SHORT, seed=1, **QUICK))
+    assert not caplog.text
+    perturbed = pipe(SHORT, seed=1, pag_guidance_scale=2.0, **QUICK)
+    assert torch.equal(pipe(SHORT, seed=1, pag_guidance_scale=2.0, guidance_interval=(0.1, 0.2), **QUICK), perturbed)
+    assert "interval is ignored" in caplog.text
 
 
 @pytest.mark.parametrize("sampler, whole", [("flow_dpm-solver", True), ("flow_euler", False)])
@@ -249,6 +301,9 @@ def test_infinity_is_no_picture_either():
         ({"prompt": SHORT, "sampler": "ddim"}, "no sampler 'ddim'; there are flow_dpm-solver, flow_euler"),
         ({"prompt": SHORT, "num_inference_steps": 0}, "0 sampling steps"),
         ({"prompt": SHORT, "shift": -1.0}, "shift is -1"),
+        ({"prompt": SHORT, "pag_applied_layers": [0, 2]}, r"blocks \[0, 2\]: expected one or more of 0 to 1"),
+        ({"prompt": SHORT, "pag_applied_layers": "transformer_blocks.1"}, "expected one or more of 0 to 1"),
+        ({"prompt": SHORT, "guidance_interval": (0.8, 0.2)}, "guidance interval 0.8 to 0.2 is empty"),
         ({"prompt": []}, "list of prompts is empty"),
         ({}, "give a prompt or prompt_embeds"),
         ({"prompt": SHORT, "prompt_embeds": torch.zeros(1, 5, 32)}, "one of the two"),

@@ -107,10 +107,16 @@ class LinearAttention(nn.Module):
         self.k_norm = operations.RMSNorm(size, eps=1e-5, **factory) if config.qk_norm else nn.Identity()
         self.proj = operations.Linear(size, size, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, perturbed_rows: int = 0) -> Tensor:
+        """Attention of x [B, N, C]; in the last `perturbed_rows` rows each position attends to itself alone."""
+        rows = len(x) - perturbed_rows
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in (self.q_norm(q), self.k_norm(k), v))
-        out = self.proj(self.kernels.linear_attention(q, k, v, self.EPS).flatten(2))
+        q, k = self.q_norm(q[:rows]), self.k_norm(k[:rows])
+        heads = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v[:rows]))
+        out = self.kernels.linear_attention(*heads, self.EPS).flatten(2)
+        if perturbed_rows:
+            out = torch.cat([out, v[rows:]])
+        out = self.proj(out)
         return out.clamp(-FLOAT16_MAX, FLOAT16_MAX) if self.clamps else out
 
 
@@ -186,7 +192,14 @@ class SanaBlock(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(6, size, **factory) / size**0.5)
 
     def forward(
-        self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None, t0: Tensor, height: int, width: int
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        t0: Tensor,
+        height: int,
+        width: int,
+        perturbed_rows: int = 0,
     ) -> Tensor:
         """Runs the block.
 
@@ -196,11 +209,12 @@ class SanaBlock(nn.Module):
             mask: [B, L] bool, or None.
             t0: [B, 6C], from the timestep.
             height, width: of the latent; N = height * width.
+            perturbed_rows: how many of the last rows of x get the identity for self-attention.
         """
         modulation = self.scale_shift_table.to(t0) + t0.unflatten(1, (6, -1))
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         modulate, gated_residual = self.kernels.modulate, self.kernels.gated_residual
-        x = gated_residual(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa)))
+        x = gated_residual(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa), perturbed_rows))
         x = x + self.cross_attn(x, *keys_values, mask)
         return gated_residual(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp), height, width))
 

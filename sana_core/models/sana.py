@@ -22,6 +22,29 @@ class ContextCache:
     keys_values: tuple[tuple[Tensor, Tensor], ...]  # per block, [B, L, H, D] each
     mask: Tensor | None  # [B, L] bool; None where every caption is L long
 
+    def rows(self, index: slice | Tensor) -> "ContextCache":
+        """The captions of some rows, in the order of the index."""
+        keys_values = tuple((k[index], v[index]) for k, v in self.keys_values)
+        return ContextCache(keys_values, None if self.mask is None else self.mask[index])
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """The extra rows of perturbed-attention guidance (arXiv:2403.17377).
+
+    They are copies of the last rows of the batch, made where they begin to differ: in front of the first perturbed
+    block. In the perturbed blocks their self-attention is the identity, as official Sana has it.
+    """
+
+    layers: tuple[int, ...]  # indices of the perturbed blocks
+    rows: int  # of the batch, the last ones
+
+    def check(self, config: SanaConfig, batch: int) -> None:
+        """Raises ValueError for blocks or rows that are not there."""
+        config.perturbed_layers(self.layers)
+        if not 1 <= self.rows <= batch:
+            raise ValueError(f"{self.rows} rows of a batch of {batch} cannot be perturbed: expected 1 to {batch}.")
+
 
 class SanaTransformer(nn.Module):
     """Predicts the velocity noise - x0 of a noised latent."""
@@ -94,6 +117,8 @@ class SanaTransformer(nn.Module):
         context: Tensor | ContextCache,
         mask: Tensor | None = None,
         guidance: Tensor | None = None,
+        *,
+        perturbation: Perturbation | None = None,
     ) -> Tensor:
         """Predicts the velocity.
 
@@ -103,10 +128,16 @@ class SanaTransformer(nn.Module):
             context: raw text features [B, L, caption_channels], or what `prepare_context` made of them.
             mask: [B, L], bool or 0/1, 1 = attend. Part of a prepared context.
             guidance: [B] guidance scale, Sprint only.
+            perturbation: which rows to predict a second time, with perturbed self-attention.
 
         Returns:
-            Velocity, shape of x.
+            Velocity, shape of x; with a perturbation [B + rows, in_channels, h, w], the perturbed rows at the end.
+
+        Raises:
+            ValueError: a caption has nothing to attend to, guidance or perturbation do not fit the model.
         """
+        if perturbation is not None:
+            perturbation.check(self.config, len(x))
         if not isinstance(context, ContextCache):
             context = self.prepare_context(context, mask)
         height, width = x.shape[-2:]
@@ -115,8 +146,14 @@ class SanaTransformer(nn.Module):
         tokens = self.x_embedder(x)
         if self.config.pos_embed_base is not None:
             tokens = tokens + position_embedding(self.config, height, width, x.device).to(tokens)
-        for block, keys_values in zip(self.blocks, context.keys_values, strict=True):
-            tokens = block(tokens, keys_values, context.mask, t0, height, width)
+        layers = () if perturbation is None else perturbation.layers
+        for index, block in enumerate(self.blocks):
+            if layers and index == min(layers):
+                again = torch.arange(len(x) + perturbation.rows, device=x.device)
+                again[len(x) :] -= perturbation.rows
+                tokens, t, t0, context = tokens[again], t[again], t0[again], context.rows(again)
+            rows = perturbation.rows if index in layers else 0
+            tokens = block(tokens, context.keys_values[index], context.mask, t0, height, width, rows)
         return self.final_layer(tokens, t).transpose(1, 2).unflatten(2, (height, width))
 
 

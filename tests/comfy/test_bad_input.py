@@ -193,3 +193,19 @@ def test_a_variant_that_does_not_fit(server, graph, models):
     node_type, error = error_of(server, graph, models)
     assert node_type == "SanaDiffusionModelLoader"
     assert "depth 2" in error and "Sana_600M_512px" in error
+
+
+def test_layers_that_the_model_does_not_have(server, graph, models):
+    patched = graph.add("SanaPAG", model=models[0], scale=2.0, layers="8")
+    save_latent(graph, sample(graph, (patched, *models[1:])))
+    node, message = error_of(server, graph, models)
+    assert node == "SanaPAG" and "blocks [8]: expected one or more of 0 to 1" in message
+    graph.nodes[patched[0]]["inputs"]["layers"] = "middle"
+    with pytest.raises(Refused, match="expected numbers with commas"):
+        server.run(graph)
+
+
+def test_an_empty_guidance_interval(server, graph, models):
+    save_latent(graph, sample(graph, models, guidance_interval_low=0.8, guidance_interval_high=0.2))
+    node, message = error_of(server, graph, models)
+    assert node == "SanaSampler" and "interval 0.8 to 0.2 is empty" in message

@@ -173,6 +173,28 @@ def test_perturbed_attention_guidance_changes_the_picture(server, graph, models)
     assert (latent_of(server, graph) - plain).abs().max() > 1e-3 * plain.abs().max()
 
 
+def test_perturbed_attention_guidance_is_the_pipelines(server, graph, models, pipeline):
+    save_latent(graph, sample(graph, models, pag_scale=2.0, cfg=5.0))
+    options = dict(seed=7, num_inference_steps=4, height=64, width=96, output_type="latent")
+    expected = pipeline(PROMPT, pag_guidance_scale=2.0, guidance_scale=5.0, **options)
+    assert (latent_of(server, graph) * 0.41407 - expected).abs().max() < 1e-5 * expected.abs().max()
+    graph.remove("SaveLatent")
+    model = graph.add("SanaPAG", model=models[0], scale=2.0, layers="0, 1", start_percent=0.0, end_percent=1.0)
+    save_latent(graph, advanced(graph, models, model))
+    expected = pipeline(PROMPT, pag_guidance_scale=2.0, pag_applied_layers=[0, 1], **options)
+    assert (latent_of(server, graph) * 0.41407 - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_the_guidance_interval_is_the_pipelines(server, graph, models, pipeline):
+    latent = empty(graph, batch_size=2)
+    save_latent(graph, sample(graph, models, latent, guidance_interval_low=0.6, guidance_interval_high=0.95))
+    expected = pipeline(
+        [PROMPT] * 2, seed=7, num_inference_steps=4, height=64, width=96, output_type="latent",
+        guidance_interval=(0.6, 0.95),
+    )  # fmt: skip
+    assert (latent_of(server, graph) * 0.41407 - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 def test_loras_reach_the_linear_layers(server, graph, models, tiny_models):
     up, down = torch.full((192, 2), 0.1), torch.ones(2, 64)
     target = "diffusion_model.blocks.1.attn.qkv"

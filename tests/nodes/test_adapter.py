@@ -78,7 +78,7 @@ def test_attn1_of_the_middle_block_is_perturbed_attention(network, path, inputs)
     out = network(**inputs, transformer_options=patched(lambda q, k, v, options: v, "attn1", "middle", 0))
     plain = load_transformer(path)
     attention = plain.blocks[layer].attn
-    attention.forward = lambda x: attention.proj(attention.qkv(x).chunk(3, dim=-1)[2])
+    attention.forward = lambda x, *_: attention.proj(attention.qkv(x).chunk(3, dim=-1)[2])
     x, timestep, context, mask = inputs.values()
     assert close(out, plain(x, timestep, context, mask))
     assert not close(out, network(**inputs), 1e-4)
