@@ -9,12 +9,14 @@ from .autoencoder import SanaDCAEDecode, SanaDCAEEncode
 from .conditioning import SanaPromptEncode
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
+from .lora import SanaLoraLoader
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
 
 NODES: list[type[io.ComfyNode]] = [
     SanaDiffusionModelLoader,
     SanaTextEncoderLoader,
     SanaDCAELoader,
+    SanaLoraLoader,
     SanaPromptEncode,
     SanaEmptyLatent,
     SanaResolution,
