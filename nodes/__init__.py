@@ -10,12 +10,14 @@ from .conditioning import SanaPromptEncode
 from .guidance import SanaPAG
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
+from .lora import SanaLoraLoader
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
 
 NODES: list[type[io.ComfyNode]] = [
     SanaDiffusionModelLoader,
     SanaTextEncoderLoader,
     SanaDCAELoader,
+    SanaLoraLoader,
     SanaPromptEncode,
     SanaEmptyLatent,
     SanaResolution,

@@ -53,6 +53,8 @@ def generate(args: argparse.Namespace) -> None:
     files = _model_files(args)
     paths = _output_paths(args.output, args.prompt)
     pipe = _load_pipeline(args, files)
+    for path, strength in args.lora:
+        pipe.load_lora(path, strength)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     settings = {
         "negative_prompt": args.negative_prompt,
@@ -71,7 +73,7 @@ def generate(args: argparse.Namespace) -> None:
         (picture,) = pipe(prompt, height=args.height, width=args.width, **settings)
         size = {"width": picture.width, "height": picture.height}
         try:
-            write_png(picture, path, {"prompt": prompt, **settings, **size, "models": _names(files)})
+            write_png(picture, path, {"prompt": prompt, **settings, **size, "models": _names(files), **_loras(args)})
         except OSError as error:
             raise OSError(f"{error}. Older files are whole; --seed {seed} draws the picture again") from error
         sys.stdout.write(f"{path}\n")
@@ -101,6 +103,10 @@ def _load_pipeline(args: argparse.Namespace, files: dict[str, Path]) -> SanaPipe
 
 def _names(files: dict[str, Path]) -> dict[str, str]:
     return {part: path.name for part, path in files.items()}
+
+
+def _loras(args: argparse.Namespace) -> dict[str, list]:
+    return {"loras": [[path.name, strength] for path, strength in args.lora]} if args.lora else {}
 
 
 def _output_paths(output: Path, prompts: list[str]) -> list[Path]:
@@ -159,6 +165,14 @@ def _add_generate(commands) -> None:
     add("--text-encoder", type=Path, help="file or folder of Gemma-2")
     add("--model", type=Path, help="a folder in the diffusers layout instead of the three files")
     add("--variant", help="name of the preset, where the transformer's file alone cannot tell")
+    add(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="a LoRA file for the transformer, at strength 1 if none is given; repeat the option for more",
+    )
     add("--height", type=int, help="pixels, a multiple of 32; the default is the model's own size")
     add("--width", type=int, help="pixels, a multiple of 32; the default is the model's own size")
     add("--steps", type=int, default=20, help="of the sampler")
@@ -209,6 +223,15 @@ def _layers(text: str) -> list[int]:
         return parse_layers(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """Path and strength; a colon may also belong to the path."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
 
 
 def _device(name: str) -> torch.device:

@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .checkpoint import load_dc_ae, load_text_encoder, load_transformer
+from .checkpoint import Lora, load_dc_ae, load_text_encoder, load_transformer, read_lora
+from .models.lora import apply_lora
 from .models.sana import Perturbation
 from .resolution import check_size
 from .sampler.flow import SAMPLERS
@@ -110,6 +111,17 @@ class SanaPipeline:
             )
         parts = {name: folder / name for name in ("transformer", "vae", "text_encoder")}
         return cls.from_files(**parts, variant=variant, device=device, dtype=dtype, shift=_read_shift(folder))
+
+    def load_lora(self, path: str | Path, strength: float = 1.0) -> Lora:
+        """Add a LoRA file, of any trainer's spelling, to the transformer's weights; several add up.
+
+        Returns what was read of it, whose `unmatched` keys the model has nothing for.
+        Raises CheckpointError for a file that is no LoRA for this model, ValueError for a strength that is not finite.
+        """
+        lora = read_lora(path, self.transformer.config)
+        apply_lora(self.transformer, lora.layers, strength)
+        logger.log(logging.WARNING if lora.unmatched else logging.INFO, "%s: %s", path, lora.summary)
+        return lora
 
     @torch.no_grad()
     def __call__(

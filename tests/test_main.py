@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sana_core import SanaPipeline, __main__
 from sana_core.__main__ import NANO_FILES, main, write_png
 from sana_core.checkpoint import load_dc_ae, load_transformer, read_state_dict, save_transformer
-from tests import tiny
+from tests import loras, tiny
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "a red cat, 红色背景左边的熊猫 🐼"
@@ -83,6 +84,26 @@ def test_metadata_is_enough_to_draw_the_picture_again(model_options, files, tmp_
     (again,) = SanaPipeline.from_files(**files, device="cpu")(**settings)
     with Image.open(output) as picture:
         assert picture.tobytes() == again.tobytes()
+
+
+def test_loras_are_added_and_noted(model_options, files, tmp_path, capsys):
+    layers = loras.factors(tiny.transformer(), ["blocks.1.attn.qkv"])
+    paths = [tmp_path / "a:1.safetensors", tmp_path / "b.safetensors"]
+    for path in paths:
+        save_file(loras.flat(layers), path)
+    output = tmp_path / "out.png"
+    command = ["generate", *model_options, "--prompt", "a cat", "--seed", "3", "--output", str(output)]
+    assert main([*command, "--lora", str(paths[0]), "--lora", f"{paths[1]}:-0.5"]) == 0
+    assert metadata_of(output)["loras"] == [["a:1.safetensors", 1.0], ["b.safetensors", -0.5]]
+    pipe = SanaPipeline.from_files(**files, device="cpu")
+    (plain,) = pipe("a cat", num_inference_steps=2, seed=3)
+    pipe.load_lora(paths[0], 1.0)
+    pipe.load_lora(paths[1], -0.5)
+    (expected,) = pipe("a cat", num_inference_steps=2, seed=3)
+    with Image.open(output) as picture:
+        assert picture.tobytes() == expected.tobytes() != plain.tobytes()
+    assert main([*command, "--lora", str(files["vae"])]) == 1
+    assert "it looks like a DC-AE autoencoder" in capsys.readouterr().err
 
 
 def test_each_prompt_gets_the_next_free_name(model_options, tmp_path, capsys):

@@ -4,12 +4,13 @@ import logging
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from sana_core import SanaPipeline
 from sana_core.checkpoint import save_dc_ae, save_text_encoder, save_transformer
 from sana_core.pipeline import prepare_noise, require_finite, to_pictures
 from sana_core.sampler.schedule import get_sigmas_flow
-from tests import tiny
+from tests import loras, tiny
 
 SHORT, LONG = "a red cat", "two green birds sleep under a warm yellow sun, 红色背景左边的熊猫 🐼"
 QUICK = {"num_inference_steps": 3, "output_type": "latent"}
@@ -375,3 +376,21 @@ def test_a_diffusers_folder_brings_its_shift(pipe, tmp_path, scheduler, shift):
 def test_what_is_no_folder_is_refused():
     with pytest.raises(FileNotFoundError, match="someone/anything is not a folder.*diffusers layout"):
         SanaPipeline.from_pretrained("someone/anything")
+
+
+def test_loras_add_up_in_the_pipeline(tmp_path, caplog):
+    pipe = SanaPipeline(tiny.transformer(), tiny.dc_ae(), tiny.text_encoder())
+    layers = loras.factors(pipe.transformer, ["blocks.1.attn.qkv"])
+    save_file(loras.flat(layers), tmp_path / "a.safetensors")
+    save_file(loras.flat(layers) | {"lora_te_x.alpha": torch.ones(1)}, tmp_path / "b.safetensors")
+    plain = pipe(SHORT, seed=5, **QUICK)
+    with caplog.at_level(logging.INFO):
+        pipe.load_lora(tmp_path / "a.safetensors", 0.25)
+        lora = pipe.load_lora(tmp_path / "b.safetensors", 0.5)
+    assert lora.unmatched == ("lora_te_x.alpha",)
+    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
+    assert "2 of 3 keys matched, 1 weights changed; not in this model: lora_te_x.alpha" in caplog.text
+    ((down, up),) = layers.values()
+    expected = tiny.transformer().blocks[1].attn.qkv.weight + 0.75 * up @ down
+    torch.testing.assert_close(pipe.transformer.blocks[1].attn.qkv.weight, expected)
+    assert not torch.allclose(pipe(SHORT, seed=5, **QUICK), plain, atol=1e-3)

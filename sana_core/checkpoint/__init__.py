@@ -10,6 +10,7 @@ from .families import DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_p
 from .files import CheckpointError, read_state_dict
 from .gemma import load_text_encoder, save_text_encoder
 from .keys import convert_dc_ae, convert_transformer
+from .lora import Lora, convert_lora, read_lora
 from .weights import (
     check_weights,
     load_dc_ae,
@@ -25,9 +26,11 @@ __all__ = [
     "DC_AE_ANCHORS",
     "TRANSFORMER_ANCHORS",
     "CheckpointError",
+    "Lora",
     "check_weights",
     "config_tensor",
     "convert_dc_ae",
+    "convert_lora",
     "convert_transformer",
     "describe_keys",
     "detect_dc_ae",
@@ -37,6 +40,7 @@ __all__ = [
     "load_text_encoder",
     "load_transformer",
     "read_dc_ae",
+    "read_lora",
     "read_state_dict",
     "read_transformer",
     "save_dc_ae",

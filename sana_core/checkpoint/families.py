@@ -28,6 +28,16 @@ FAMILIES = (
     ("a language model other than Gemma-2", (r"\blayers\.0\.self_attn\.q_proj\.weight$",)),
 )
 
+# In order, for the keys of a LoRA: the first whose pattern is found in some key names the model that it is for.
+LORA_FAMILIES = (
+    ("SDXL", r"(down|up|input|output|mid|middle)_blocks?[._].*transformer_blocks[._][1-9]"),
+    ("Stable Diffusion 1, 2 or XL", r"(down|up|input|output|mid|middle)_blocks?[._]"),
+    ("Flux", r"double_blocks[._]\d|single_(transformer_)?blocks[._]\d"),
+    ("Stable Diffusion 3", r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn[._](add_|to_)"),
+    ("PixArt", r"transformer_blocks[._]\d+[._]ff[._]net|adaln_single"),
+    ("a text encoder alone", r"^(lora_te|text_encoder)|text_model"),
+)
+
 # What a file that holds a whole pipeline may have beside the model that is asked for.
 OTHER_COMPONENTS = (
     "model.diffusion_model.",
@@ -60,6 +70,15 @@ def describe_keys(keys: Iterable[str]) -> str:
         if all(any(re.search(pattern, key) for key in keys) for pattern in patterns):
             return f"it looks like {name}"
     return f"it has {len(keys)} keys such as {', '.join(keys[:3])}"
+
+
+def describe_lora(keys: Iterable[str]) -> str:
+    """Which model a LoRA with these keys is for, as the end of a sentence."""
+    keys = list(keys)
+    for name, pattern in LORA_FAMILIES:
+        if any(re.search(pattern, key) for key in keys):
+            return f"it looks like a LoRA for {name}"
+    return f"it looks like a LoRA for another model, with keys such as {', '.join(keys[:3])}"
 
 
 def find_layout(keys: Iterable[str], signs: dict[str, str]) -> str | None:

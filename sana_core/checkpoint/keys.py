@@ -209,6 +209,14 @@ def _join(rule: Rule, official: str, group: dict[str, Tensor]) -> Tensor:
     return joined[:, :, None, None] if rule.pointwise else joined
 
 
+def diffusers_names(official: str, rules: tuple[Rule, ...]) -> tuple[str, ...]:
+    """What diffusers calls an official weight: several names where it cuts the rows; none for a key without a rule."""
+    for rule in rules:
+        if match := rule.official_pattern.fullmatch(official):
+            return tuple(_fill(name, match.groups()) for name in rule.diffusers)
+    return ()
+
+
 def official_to_diffusers(state_dict: StateDict, rules: tuple[Rule, ...]) -> StateDict:
     """Rename and cut, for saving. Raises CheckpointError for a key that no rule knows."""
     converted: StateDict = {}

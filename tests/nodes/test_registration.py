@@ -11,6 +11,7 @@ NODE_IDS = {  # never change once released
     "SanaDiffusionModelLoader",
     "SanaTextEncoderLoader",
     "SanaDCAELoader",
+    "SanaLoraLoader",
     "SanaPromptEncode",
     "SanaEmptyLatent",
     "SanaResolution",
