@@ -93,7 +93,7 @@ MODELS = {  # workflow -> node title -> the file that the node wants
 LAY_OUT = """
 async ({ name, api, groups, note, models, id }) => {
   const GAP = 30, TITLE = LiteGraph.NODE_TITLE_HEIGHT, HEADER = 50, WIDTH = 330;
-  const LEAST_HEIGHT = { SanaPromptEncode: 260, SaveImage: 400 };
+  const LEAST_HEIGHT = { SanaPromptEncode: 260, SanaSampler: 520, SaveImage: 400 }; // with room for previews
   await app.loadApiJson(api, name);
   const graph = app.graph;
   const byTitle = new Map(graph.nodes.map((node) => [api[node.id]._meta.title, node]));
