@@ -31,6 +31,7 @@ from .dc_ae import (
 from .tiling import Grid, Step, decoder_steps, default_tile, encoder_steps, geometry
 
 FLOAT = 4  # bytes of float32, in which norms are computed and into which operands may be copied
+SCRATCH = 2**20  # what kernels take whatever the size
 MARGIN = 1.15  # for what the allocator cannot give back in one piece
 
 
@@ -103,7 +104,7 @@ def _whole_memory(network: nn.Module, size: tuple[int, int], channels: int, dtyp
                 stage_input = positions * channels * dtype.itemsize
             positions = geometry(op).made(geometry(op).made(positions))
             channels = output_channels(op)
-    return int(MARGIN * peak)
+    return int(MARGIN * peak) + SCRATCH
 
 
 def _stages(network: nn.Module) -> list[list[nn.Module]]:
@@ -127,7 +128,7 @@ def _tiled_memory(steps: list[Step], size: tuple[int, int], grid: Grid, channels
         made = size[0] * size[1] * inside * dtype.itemsize
         peak = max(peak, given + held + made + tile_peak)
         held, channels = made, inside
-    return int(MARGIN * peak)
+    return int(MARGIN * peak) + SCRATCH
 
 
 def _largest_tiles(step: Step, size: tuple[int, int], grid: Grid) -> list[int]:
