@@ -27,6 +27,7 @@ NANO_FILES = {
     "text_encoder": NANO / "text_encoders" / "gemma2_nano.safetensors",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VAE_TILING = {"auto": None, "always": True, "never": False}
 CONVERTERS = {"transformer": (load_transformer, save_transformer), "vae": (load_dc_ae, save_dc_ae)}
 METADATA_KEY = "sana"  # not "prompt", which ComfyUI reads as a graph when the picture is dropped on its canvas
 
@@ -68,9 +69,10 @@ def generate(args: argparse.Namespace) -> None:
         "complex_human_instruction": args.instruction,
         "seed": seed,
     }
+    vae_tiling = VAE_TILING[args.vae_tiling]  # not among the settings: the picture does not depend on it
     for prompt, path in zip(args.prompt, paths, strict=True):
         logger.info("seed %d: %s", seed, prompt)
-        (picture,) = pipe(prompt, height=args.height, width=args.width, **settings)
+        (picture,) = pipe(prompt, height=args.height, width=args.width, vae_tiling=vae_tiling, **settings)
         size = {"width": picture.width, "height": picture.height}
         try:
             write_png(picture, path, {"prompt": prompt, **settings, **size, "models": _names(files), **_loras(args)})
@@ -195,6 +197,12 @@ def _add_generate(commands) -> None:
     add("--shift", type=float, help="of the schedule; the default is the model's own")
     add("--no-instruction", dest="instruction", action="store_false", help="encode the prompt without the instruction")
     add("--seed", type=int, help="of the noise; the default is another one each time")
+    add(
+        "--vae-tiling",
+        choices=list(VAE_TILING),
+        default="auto",
+        help="decode in tiles, to the same picture in less memory; auto does so when a GPU's memory is short",
+    )
     add("--device", type=_device, help="cuda, cpu ...; the default is a GPU if there is one")
     add("--dtype", choices=list(DTYPES), help="of the weights; the default is the files', float32 on a CPU")
     add("--verbose", action="store_true", help="say what was loaded, and why so")

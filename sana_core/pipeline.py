@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from torch.nn.functional import pad
 
 from .checkpoint import Lora, load_dc_ae, load_text_encoder, load_transformer, read_lora
 from .models.lora import apply_lora
+from .models.memory import choose_tile, decode_memory, free_memory
 from .models.sana import Perturbation
+from .models.tiling import decode_tiled
 from .resolution import check_size
 from .sampler.flow import SAMPLERS
 from .sampler.guidance import PAG_OFF, cfg_denoiser
@@ -145,6 +148,7 @@ class SanaPipeline:
         seed: int | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
+        vae_tiling: bool | None = None,
         callback: Callable[[dict], None] | None = None,
     ) -> list[Image.Image] | Tensor:
         """Draw one picture for each prompt.
@@ -162,6 +166,7 @@ class SanaPipeline:
         seed, generator: where the noise comes from; with neither it is different each time.
         latents: the noise itself [B, C, h, w], unit deviation.
         output_type: "pil"; "pt" for pixels [B, 3, H, W] in 0..1; "latent" for latents, scaled to unit deviation.
+        vae_tiling: decode in tiles, which gives the same picture in less memory; None does so when memory is short.
         callback: called before each step with a dict of x, i, sigma, sigma_hat and denoised.
 
         Raises ValueError for arguments that do not fit, FloatingPointError, with the stage, for NaN or infinity.
@@ -192,15 +197,30 @@ class SanaPipeline:
         x = SAMPLERS[sampler](model, x, sigmas.to(x.device), callback=callback)
         if output_type == "latent":
             return x
-        pixels = self.decode(x)
+        pixels = self.decode(x, vae_tiling=vae_tiling)
         return pixels if output_type == "pt" else to_pictures(pixels)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in 0..1, float32, of scaled latents [B, C, h, w]."""
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, vae_tiling: bool | None = None) -> Tensor:
+        """Pixels [B, 3, H, W] in 0..1, float32, of scaled latents [B, C, h, w].
+
+        vae_tiling: True decodes in tiles, False whole; None in tiles if the GPU's free memory does not hold the whole.
+        """
         latents = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
         # One at a time: the decoder's widest feature maps take far more memory than the pictures.
-        pixels = torch.cat([self.vae.decode(latent) for latent in latents.split(1)]).float()
+        pixels = torch.cat([self._decode_one(latent, vae_tiling) for latent in latents.split(1)])
         return (require_finite(pixels, "the DC-AE decoder") / 2 + 0.5).clamp(0, 1)
+
+    def _decode_one(self, latent: Tensor, tiling: bool | None) -> Tensor:
+        config = self.vae.config
+        height, width = (side * config.spatial_compression for side in latent.shape[-2:])
+        memory = partial(decode_memory, config, height, width, self.vae.dtype)
+        available = free_memory(latent.device)
+        if tiling is None:
+            tiling = available is not None and memory() > available
+        if not tiling:
+            return self.vae.decode(latent).float()
+        return decode_tiled(self.vae, latent, choose_tile(config, memory, available)).float()
 
     @property
     def device(self) -> torch.device:

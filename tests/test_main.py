@@ -106,6 +106,20 @@ def test_loras_are_added_and_noted(model_options, files, tmp_path, capsys):
     assert "it looks like a DC-AE autoencoder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word, tiling", [("auto", None), ("always", True), ("never", False)])
+def test_tiling_reaches_the_decoder(model_options, tmp_path, monkeypatch, word, tiling):
+    asked, decode = [], SanaPipeline.decode
+
+    def record(pipe, latents, *, vae_tiling):
+        asked.append(vae_tiling)
+        return decode(pipe, latents, vae_tiling=vae_tiling)
+
+    monkeypatch.setattr(SanaPipeline, "decode", record)
+    output = str(tmp_path / "cat.png")
+    assert main(["generate", *model_options, "--vae-tiling", word, "--prompt", "a cat", "--output", output]) == 0
+    assert asked == [tiling]
+
+
 def test_each_prompt_gets_the_next_free_name(model_options, tmp_path, capsys):
     (tmp_path / "sana_00007.png").write_bytes(b"kept")
     command = ["generate", *model_options, "--prompt", "a cat", "--prompt", "a bird", "--output", str(tmp_path)]
