@@ -51,26 +51,36 @@ def generate(args: argparse.Namespace) -> None:
     """One picture for each prompt, all with the same seed, so that each can be made again on its own."""
     files = _model_files(args)
     paths = _output_paths(args.output, args.prompt)
+    image = None if args.image is None else Image.open(args.image)
     pipe = _load_pipeline(args, files)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    settings = {
-        "negative_prompt": args.negative_prompt,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "sampler": args.sampler,
-        "shift": pipe.shift if args.shift is None else args.shift,
-        "complex_human_instruction": args.instruction,
-        "seed": seed,
-    }
+    settings = _settings(args, pipe) | {"seed": seed}
+    source = {} if image is None else {"image": args.image.name}
     for prompt, path in zip(args.prompt, paths, strict=True):
         logger.info("seed %d: %s", seed, prompt)
-        (picture,) = pipe(prompt, height=args.height, width=args.width, **settings)
+        (picture,) = pipe(prompt, height=args.height, width=args.width, image=image, **settings)
         size = {"width": picture.width, "height": picture.height}
         try:
-            write_png(picture, path, {"prompt": prompt, **settings, **size, "models": _names(files)})
+            write_png(picture, path, {"prompt": prompt, **source, **settings, **size, "models": _names(files)})
         except OSError as error:
             raise OSError(f"{error}. Older files are whole; --seed {seed} draws the picture again") from error
         sys.stdout.write(f"{path}\n")
+
+
+def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
+    """The options that this model's sampler has; the pipeline refuses those that it has not."""
+    settings = {
+        "num_inference_steps": pipe.default_steps if args.steps is None else args.steps,
+        "guidance_scale": args.guidance_scale,
+        "complex_human_instruction": args.instruction,
+    }
+    if args.image:
+        settings["strength"] = args.strength
+    if pipe.is_sprint:
+        given = {"negative_prompt": args.negative_prompt, "shift": args.shift}
+        return settings | {name: value for name, value in given.items() if value}
+    shift = pipe.shift if args.shift is None else args.shift
+    return settings | {"negative_prompt": args.negative_prompt, "sampler": args.sampler, "shift": shift}
 
 
 def _model_files(args: argparse.Namespace) -> dict[str, Path]:
@@ -148,7 +158,9 @@ def _add_generate(commands) -> None:
     )
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="what to draw; repeat the option for more pictures")
-    add("--negative-prompt", default="", help="what to keep away from")
+    add("--negative-prompt", default="", help="what to keep away from; not for Sprint")
+    add("--image", type=Path, help="a picture to start from; Sprint only")
+    add("--strength", type=float, default=0.5, help="the share of the steps that --image is put through")
     add("--output", type=Path, default=Path("output"), help="a PNG, or a folder that gets sana_00001.png and so on")
     add("--transformer", type=Path, help="file or folder; the default is the sana-nano that ships with the pack")
     add("--vae", type=Path, help="file or folder of the DC-AE autoencoder")
@@ -157,10 +169,10 @@ def _add_generate(commands) -> None:
     add("--variant", help="name of the preset, where the transformer's file alone cannot tell")
     add("--height", type=int, help="pixels, a multiple of 32; the default is the model's own size")
     add("--width", type=int, help="pixels, a multiple of 32; the default is the model's own size")
-    add("--steps", type=int, default=20, help="of the sampler")
+    add("--steps", type=int, help="of the sampler; the default is 20, or 2 for Sprint")
     add("--guidance-scale", type=float, default=4.5, help="how closely to follow the prompt; 1 switches guidance off")
-    add("--sampler", choices=list(SAMPLERS), default="flow_dpm-solver", help="method")
-    add("--shift", type=float, help="of the schedule; the default is the model's own")
+    add("--sampler", choices=list(SAMPLERS), default="flow_dpm-solver", help="method; Sprint has its own")
+    add("--shift", type=float, help="of the schedule; the default is the model's own; not for Sprint")
     add("--no-instruction", dest="instruction", action="store_false", help="encode the prompt without the instruction")
     add("--seed", type=int, help="of the noise; the default is another one each time")
     add("--device", type=_device, help="cuda, cpu ...; the default is a GPU if there is one")
