@@ -10,6 +10,7 @@ from .conditioning import SanaPromptEncode
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
+from .sprint import SanaSprintSampler
 
 NODES: list[type[io.ComfyNode]] = [
     SanaDiffusionModelLoader,
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     SanaSampler,
     SanaFlowDPMSolver,
     SanaScheduler,
+    SanaSprintSampler,
 ]
 
 _MODELS = Path(__file__).parents[1] / "models"

@@ -19,6 +19,7 @@ NODE_IDS = {  # never change once released
     "SanaSampler",
     "SanaFlowDPMSolver",
     "SanaScheduler",
+    "SanaSprintSampler",
 }
 LANGUAGES = ("en", "zh")
 FOLDERS = ("diffusion_models", "text_encoders", "vae")
