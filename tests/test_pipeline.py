@@ -356,7 +356,6 @@ def test_arguments_that_do_not_fit_are_named(pipe, arguments, message):
     [
         ({"in_channels": 16}, "latents of 16 channels, the autoencoder makes 32"),
         ({"caption_channels": 48}, "text features of 48 channels, the text encoder gives 32"),
-        ({"guidance_embed": True}, "Sprint"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(pipe, transformer, message):
