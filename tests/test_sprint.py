@@ -109,9 +109,9 @@ def test_two_steps_and_4_5_are_the_defaults(pipe, captions):
 def test_guidance_is_an_input_and_costs_no_rows(pipe, monkeypatch):
     seen, forward = [], pipe.transformer.forward
 
-    def record(x, timestep, context, guidance):
+    def record(x, timestep, context, guidance, **options):
         seen.append((x.shape, timestep.tolist(), guidance.tolist()))
-        return forward(x, timestep, context, guidance=guidance)
+        return forward(x, timestep, context, guidance=guidance, **options)
 
     monkeypatch.setattr(pipe.transformer, "forward", record)
     pipe([SHORT, LONG], seed=1, guidance_scale=3.5, **LATENT)
