@@ -12,6 +12,7 @@ from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
 from .lora import SanaLoraLoader
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
+from .sprint import SanaSprintSampler
 
 NODES: list[type[io.ComfyNode]] = [
     SanaDiffusionModelLoader,
@@ -26,6 +27,7 @@ NODES: list[type[io.ComfyNode]] = [
     SanaSampler,
     SanaFlowDPMSolver,
     SanaScheduler,
+    SanaSprintSampler,
     SanaPAG,
 ]
 

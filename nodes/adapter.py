@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
@@ -19,12 +21,13 @@ from torch.nn.functional import pad
 
 from ..sana_core.checkpoint import check_weights, config_tensor, read_transformer
 from ..sana_core.config import TRANSFORMERS, SanaConfig
+from ..sana_core.finite import require_finite
 from ..sana_core.models.sana import SanaTransformer
-from ..sana_core.pipeline import require_finite
 from .hooks import Hooks
 
 log = logging.getLogger(__name__)
 
+SPRINT_GUIDANCE = "sana_sprint_guidance"  # in a conditioning: the scale that Sprint embeds; only its sampler sets it
 FLOOR_TIMESTEPS = "sana_floor_timesteps"  # in transformer_options: feed whole timesteps, as official Flow-DPM does
 
 _PREVIEW_FACTORS = json.loads(Path(__file__).with_name("preview_factors.json").read_text(encoding="utf-8"))
@@ -67,7 +70,10 @@ class ComfySana(SanaTransformer):
         return self.weight_dtype
 
     def forward(self, x, timesteps, context=None, attention_mask=None, transformer_options=None, **kwargs) -> Tensor:
-        """Velocity of x [B, C, h, w] at timesteps [B] in 0..1000; context [B, L, C], attention_mask [B, L]."""
+        """Velocity of x [B, C, h, w] at timesteps [B] in 0..1000; context [B, L, C], attention_mask [B, L].
+
+        Sprint's timesteps are in 0..1, and it needs the guidance scale, a number.
+        """
         options = transformer_options or {}
         wrappers = comfy.patcher_extension.get_all_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, options)
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
@@ -77,6 +83,8 @@ class ComfySana(SanaTransformer):
         # Models that divide the timestep themselves were trained on fractions.
         if transformer_options.get(FLOOR_TIMESTEPS) and self.config.timestep_scale == 1:
             timesteps = timesteps.floor()
+        if guidance is not None:
+            guidance = torch.full((len(x),), guidance, device=x.device)
         with self.hooks.using(transformer_options):
             return super().forward(x, timesteps, context, attention_mask, guidance)
 
@@ -93,22 +101,42 @@ def _float8_factory(dtype: torch.dtype, operations) -> dict:
     return {"dtype": torch.bfloat16, "operations": layers}
 
 
+class SprintSampling(comfy.model_sampling.ModelSamplingDiscreteFlow, comfy.model_sampling.CONST):
+    """Flow matching whose first level is a trifle above 1, since Sprint starts at an angle a trifle above pi / 2."""
+
+    def percent_to_sigma(self, percent):
+        """The level at which a conditioning starts or ends; the start of sampling comes before every level."""
+        return math.inf if percent <= 0 else super().percent_to_sigma(percent)
+
+
 class SanaModel(comfy.model_base.BaseModel):
     """The MODEL: how sampling talks to the transformer."""
 
     def __init__(self, model_config: "SanaModelConfig", device=None):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=ComfySana)
+        if model_config.unet_config["config"].guidance_embed:
+            self.model_sampling = SprintSampling(model_config)
 
     def process_timestep(self, timestep, **_):
-        """Timesteps in 0..1000 whatever ModelSamplingAuraFlow or ModelSamplingFlux, who use 0..1, were put in."""
-        return timestep * (1000.0 / getattr(self.model_sampling, "multiplier", 1.0))
+        """Timesteps in 0..1000 whatever ModelSamplingAuraFlow or ModelSamplingFlux, who use 0..1, were put in.
+
+        In 0..1 for Sprint.
+        """
+        largest = 1.0 if self.diffusion_model.config.guidance_embed else 1000.0
+        return timestep * (largest / getattr(self.model_sampling, "multiplier", 1.0))
 
     def extra_conds(self, **kwargs) -> dict:
         """Caption features and their mask. Raises ValueError for a conditioning that is not for this model."""
         out = super().extra_conds(**kwargs)
         config = self.diffusion_model.config
         if config.guidance_embed:
-            raise ValueError("This is a Sana-Sprint model, which flow samplers cannot sample. Load a base model.")
+            if SPRINT_GUIDANCE not in kwargs:
+                raise ValueError(
+                    "This is a Sana-Sprint model, which flow samplers cannot sample. Use the Sana Sprint Sampler "
+                    "instead, or load a base model."
+                )
+            # A constant, since core casts tensors to the weights' dtype.
+            out["guidance"] = comfy.conds.CONDConstant(float(kwargs[SPRINT_GUIDANCE]))
         context = kwargs.get("cross_attn")
         if context is None or context.shape[-1] != config.caption_channels:
             found = "no text features" if context is None else f"text features of width {context.shape[-1]}"
@@ -148,7 +176,8 @@ class SanaModelConfig(comfy.supported_models_base.BASE):
 
     def __init__(self, config: SanaConfig):
         self.latent_format = lambda: SanaLatent(_autoencoder_of(config))  # the base class calls it
-        self.sampling_settings = {"shift": config.shift}
+        # Sprint has no shift, and takes its timesteps in 0..1.
+        self.sampling_settings = {"shift": 1.0, "multiplier": 1.0} if config.guidance_embed else {"shift": config.shift}
         super().__init__({"image_model": "sana", "config": config})
         # The models that were trained in float16 are safe in it, since they clamp; others overflow.
         trained_in = [torch.float16] if config.dtype == "float16" else []

@@ -4,7 +4,39 @@ import logging
 
 from comfy_api.latest import io, ui
 
+from .vae import TILING, SanaVAE
+
 log = logging.getLogger(__name__)
+
+
+def _tiling_inputs() -> list[io.Input]:
+    return [
+        io.Int.Input(
+            "tile_size",
+            default=0,
+            optional=True,
+            min=0,
+            max=8192,
+            step=32,
+            advanced=True,
+            tooltip="Pixels a side of the tiles. 0 takes 1024, or less where memory asks for it. The result does not "
+            "depend on it.",
+        ),
+        io.Combo.Input(
+            "tiling",
+            options=list(TILING),
+            default="auto",
+            optional=True,
+            advanced=True,
+            tooltip="Work in tiles: auto does so when memory does not hold the whole. Tiles give the same result in "
+            "less memory, a little slower.",
+        ),
+    ]
+
+
+def _with_tiling(vae, tiling: str, tile_size: int):
+    """The VAE as the inputs want it; one of core's, which knows no exact tiles, as it is."""
+    return vae.with_tiling(tiling, tile_size) if isinstance(vae, SanaVAE) else vae
 
 
 class SanaDCAEDecode(io.ComfyNode):
@@ -17,45 +49,21 @@ class SanaDCAEDecode(io.ComfyNode):
             node_id="SanaDCAEDecode",
             display_name="Sana DC-AE Decode",
             category="sana/latent",
-            description="Turns a latent into a picture, whole or in tiles.",
+            description="Turns a latent into a picture. Where memory does not hold it whole, it is done in tiles, with "
+            "the same result.",
             search_aliases=["vae decode", "vae decode tiled", "latent to image"],
             inputs=[
                 io.Latent.Input("samples", tooltip="Latent from a sampler."),
                 io.Vae.Input("vae", tooltip="Autoencoder from Load Sana DC-AE."),
-                io.Int.Input(
-                    "tile_size",
-                    default=0,
-                    optional=True,
-                    min=0,
-                    max=8192,
-                    step=32,
-                    tooltip="Pixels a side of the tiles, for large pictures on small GPUs. 0 decodes the picture "
-                    "whole, and in tiles of 1024 only when memory runs out. Tiles below 1024 show on skies.",
-                ),
-                io.Int.Input(
-                    "overlap",
-                    default=128,
-                    optional=True,
-                    min=32,
-                    max=4096,
-                    step=32,
-                    advanced=True,
-                    tooltip="Pixels over which neighbouring tiles blend.",
-                ),
+                *_tiling_inputs(),
             ],
             outputs=[io.Image.Output("image", display_name="IMAGE", tooltip="The picture.")],
         )
 
     @classmethod
-    def execute(cls, samples, vae, tile_size=0, overlap=128) -> io.NodeOutput:
+    def execute(cls, samples, vae, tile_size=0, tiling="auto") -> io.NodeOutput:
         """Pictures [B, H, W, 3] in 0..1."""
-        latent = samples["samples"]
-        if tile_size == 0:
-            return io.NodeOutput(vae.decode(latent))
-        compression = vae.spacial_compression_decode()
-        tile = max(2, tile_size // compression)
-        image = vae.decode_tiled(latent, tile_x=tile, tile_y=tile, overlap=max(1, overlap // compression))
-        return io.NodeOutput(image)
+        return io.NodeOutput(_with_tiling(vae, tiling, tile_size).decode(samples["samples"]))
 
 
 class SanaDCAEEncode(io.ComfyNode):
@@ -74,6 +82,7 @@ class SanaDCAEEncode(io.ComfyNode):
             inputs=[
                 io.Image.Input("pixels", tooltip="Picture to encode."),
                 io.Vae.Input("vae", tooltip="Autoencoder from Load Sana DC-AE."),
+                *_tiling_inputs(),
             ],
             outputs=[
                 io.Latent.Output(
@@ -83,10 +92,10 @@ class SanaDCAEEncode(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, pixels, vae) -> io.NodeOutput:
+    def execute(cls, pixels, vae, tile_size=0, tiling="auto") -> io.NodeOutput:
         """The latent, and what was cropped as text for the user interface."""
         compression = vae.spacial_compression_encode()
-        latent = vae.encode(pixels)
+        latent = _with_tiling(vae, tiling, tile_size).encode(pixels)
         notice = _crop_notice(pixels.shape[1], pixels.shape[2], compression)
         if notice is None:
             return io.NodeOutput({"samples": latent})

@@ -87,6 +87,35 @@ def _model_shift(model) -> float:
     return sampling.shift
 
 
+def fitted_samples(model, latent_image: dict) -> torch.Tensor:
+    """The latent's samples; empty ones get the channels and the size that the model needs."""
+    return comfy.sample.fix_empty_latent_channels(
+        model,
+        latent_image["samples"],
+        latent_image.get("downscale_ratio_spacial"),
+        latent_image.get("downscale_ratio_temporal"),
+    )
+
+
+def with_samples(latent_image: dict, samples: torch.Tensor) -> dict:
+    """The latent with other samples, and without what `fitted_samples` has acted upon."""
+    resized = {"downscale_ratio_spacial", "downscale_ratio_temporal"}
+    kept = {key: value for key, value in latent_image.items() if key not in resized}
+    return {**kept, "samples": samples}
+
+
+def seed_input() -> io.Int.Input:
+    """The seed of every sampler."""
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFFFFFFFFFF,
+        control_after_generate=True,
+        tooltip="Number that the noise is drawn from: the same seed gives the same picture.",
+    )
+
+
 def _steps() -> io.Int.Input:
     return io.Int.Input(
         "steps",
@@ -149,14 +178,7 @@ class SanaSampler(io.ComfyNode):
                 io.Latent.Input(
                     "latent_image", tooltip="Empty Sana Latent, or a picture encoded by Sana DC-AE Encode."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Number that the noise is drawn from: the same seed gives the same picture.",
-                ),
+                seed_input(),
                 _steps(),
                 io.Float.Input(
                     "cfg",
@@ -223,12 +245,7 @@ class SanaSampler(io.ComfyNode):
         guidance_interval_high=1.0,
     ) -> io.NodeOutput:
         """The latent dictionary with new samples."""
-        samples = comfy.sample.fix_empty_latent_channels(
-            model,
-            latent_image["samples"],
-            latent_image.get("downscale_ratio_spacial"),
-            latent_image.get("downscale_ratio_temporal"),
-        )
+        samples = fitted_samples(model, latent_image)
         sigmas = flow_sigmas(model, sampler, steps, shift, denoise)
         interval = (guidance_interval_low, guidance_interval_high)
         guider = _guider(model, positive, negative, cfg, pag_scale, interval)
@@ -242,9 +259,7 @@ class SanaSampler(io.ComfyNode):
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         ).to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())
-        resized = {"downscale_ratio_spacial", "downscale_ratio_temporal"}  # has been acted upon
-        kept = {key: value for key, value in latent_image.items() if key not in resized}
-        return io.NodeOutput({**kept, "samples": samples})
+        return io.NodeOutput(with_samples(latent_image, samples))
 
 
 class SanaFlowDPMSolver(io.ComfyNode):

@@ -1,6 +1,9 @@
 """ComfyUI's VAE around the deep-compression autoencoder."""
 
+import copy
 import logging
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import comfy.model_management
@@ -10,12 +13,14 @@ import torch
 
 from ..sana_core.checkpoint import config_tensor, load_dc_ae
 from ..sana_core.models.dc_ae import DCAE
+from ..sana_core.models.memory import choose_tile, decode_memory, encode_memory
+from ..sana_core.models.tiling import decode_tiled, encode_tiled
 from .patcher import WholePatcher
 
 log = logging.getLogger(__name__)
 
 _WORKING_DTYPES = (torch.bfloat16, torch.float32)  # float16 overflows in the deep stages and decodes to black
-_LIVE_FEATURE_MAPS = 8  # of the widest stage, in a residual block: an estimate with room for workspaces
+TILING = ("auto", "always", "never")
 
 
 class SanaVAE(comfy.sd.VAE):
@@ -31,12 +36,11 @@ class SanaVAE(comfy.sd.VAE):
         self.upscale_ratio = compression
         self.working_dtypes = list(_WORKING_DTYPES)
         self.disable_offload = True  # layers of torch.nn cannot be cast while they run, so it is loaded whole
-        self.memory_used_encode = lambda shape, dtype: (
-            _activation_bytes(config.encoder_channels, config.encoder_depths, dtype) * shape[2] * shape[3]
-        )
-        self.memory_used_decode = lambda shape, dtype: (
-            _activation_bytes(config.decoder_channels, config.decoder_depths, dtype)
-            * (shape[2] * shape[3] * compression**2)
+        self.tiling = "auto"
+        self.tile: int | None = None  # positions of the latent a side; None: by the memory that there is
+        self.memory_used_encode = lambda shape, dtype: encode_memory(config, *shape[2:4], dtype)
+        self.memory_used_decode = lambda shape, dtype: decode_memory(
+            config, shape[2] * compression, shape[3] * compression, dtype
         )
         self.device = comfy.model_management.vae_device()
         self.output_device = comfy.model_management.intermediate_device()
@@ -51,65 +55,61 @@ class SanaVAE(comfy.sd.VAE):
         self.model_size()
         log.info("DC-AE runs on %s in %s", self.device, self.vae_dtype)
 
+    def with_tiling(self, tiling: str, tile_pixels: int = 0) -> "SanaVAE":
+        """This VAE, on the same weights, that works in tiles "always", "never", or "auto": when memory is short.
+
+        tile_pixels: a side of the tiles; 0 takes 1024, or less where memory asks for it.
+        """
+        if tiling not in TILING:
+            raise ValueError(f"tiling is {tiling!r}, expected one of {', '.join(TILING)}")
+        vae = copy.copy(self)
+        vae.tiling = tiling
+        vae.tile = max(1, tile_pixels // self.upscale_ratio) if tile_pixels else None
+        return vae
+
     def decode(self, samples_in, *args, **kwargs):
         """Latents [B, C, h, w] to pixels [B, H, W, 3] in 0..1. Raises ValueError for NaN, naming whence it came."""
         self._check_latent(samples_in)
+        if self._must_tile(self.memory_used_decode(samples_in.shape, self.vae_dtype)):
+            return self.decode_tiled(samples_in)
         return self._checked_pixels(super().decode(samples_in, *args, **kwargs))
 
-    def decode_tiled(self, samples, *args, **kwargs):
-        """As decode, in tiles."""
+    def decode_tiled(self, samples, tile_x=None, tile_y=None, **_overlap):
+        """As decode, in tiles of that many latent positions. The result is the whole's, whatever overlap is asked."""
         self._check_latent(samples)
-        return self._checked_pixels(super().decode_tiled(samples, *args, **kwargs))
+        memory = self._decode_memory(samples)
+        tile = _smaller(tile_x, tile_y) or self.tile or self._fitting_tile(memory, self._obtainable())
+        self._load(memory(tile))
+        with comfy.model_management.cuda_device_context(self.device):
+            pixels = self.decode_tiled_(samples, tile, tile)
+        return self._checked_pixels(pixels.movedim(1, -1))
+
+    def decode_tiled_(self, samples, tile_x=None, tile_y=None, **_overlap):
+        """Latents [B, C, h, w] to pixels [B, 3, H, W] in 0..1. Core calls it when the whole ran out of memory."""
+        tile = _smaller(tile_x, tile_y) or self._fallback_tile(self._decode_memory(samples))
+        return self.process_output(self._in_tiles(decode_tiled, samples, tile))
 
     def encode(self, pixel_samples):
         """Pixels [B, H, W, 3] in 0..1 to latents [B, C, h, w]; what exceeds the grid is cropped evenly."""
+        if self._must_tile(self.memory_used_encode(pixel_samples.movedim(-1, 1).shape, self.vae_dtype)):
+            return self.encode_tiled(pixel_samples)
         return self._checked_latent(super().encode(pixel_samples))
 
-    def encode_tiled(self, pixel_samples, *args, **kwargs):
-        """As encode, in tiles."""
-        return self._checked_latent(super().encode_tiled(pixel_samples, *args, **kwargs))
+    def encode_tiled(self, pixel_samples, tile_x=None, tile_y=None, **_overlap):
+        """As encode, in tiles of that many pixels. The result is the whole's, whatever overlap is asked."""
+        pixels = self.vae_encode_crop_pixels(pixel_samples).movedim(-1, 1)
+        memory = self._encode_memory(pixels)
+        tile = self._positions(tile_x, tile_y) or self.tile or self._fitting_tile(memory, self._obtainable())
+        self._load(memory(tile))
+        with comfy.model_management.cuda_device_context(self.device):
+            side = tile * self.downscale_ratio
+            return self._checked_latent(self.encode_tiled_(pixels, side, side))
 
-    def decode_tiled_(self, samples, tile_x=32, tile_y=32, overlap=4):
-        """Decode tiles of 1024 px: the attention is global, and smaller tiles show on large flat areas.
-
-        Core would average three passes over tiles of twice the sides; one pass with blended edges is what the
-        official code does (tile 1024, stride 896).
-        """
-        overlap = max(1, min(overlap, tile_x // 2, tile_y // 2))
-        steps = samples.shape[0] * comfy.utils.get_tiled_scale_steps(
-            samples.shape[3], samples.shape[2], tile_x, tile_y, overlap
-        )
-        pixels = comfy.utils.tiled_scale(
-            samples,
-            lambda tile: self._run(self.first_stage_model.decode, tile),
-            tile_x,
-            tile_y,
-            overlap,
-            upscale_amount=self.upscale_ratio,
-            out_channels=self.output_channels,
-            output_device=self.output_device,
-            pbar=comfy.utils.ProgressBar(steps),
-        )
-        return self.process_output(pixels)
-
-    def encode_tiled_(self, pixel_samples, tile_x=1024, tile_y=1024, overlap=128):
-        """Encode tiles of 1024 px in one pass. Tiles and overlap are kept on the latent's grid."""
-        grid = self.downscale_ratio
-        tile_x, tile_y = (max(2, tile // grid) * grid for tile in (tile_x, tile_y))
-        overlap = max(1, min(overlap, tile_x // 2, tile_y // 2) // grid) * grid
-        steps = pixel_samples.shape[0] * comfy.utils.get_tiled_scale_steps(
-            pixel_samples.shape[3], pixel_samples.shape[2], tile_x, tile_y, overlap
-        )
-        return comfy.utils.tiled_scale(
-            pixel_samples,
-            lambda tile: self._run(self.first_stage_model.encode, self.process_input(tile)),
-            tile_x,
-            tile_y,
-            overlap,
-            upscale_amount=1 / grid,
-            out_channels=self.latent_channels,
-            output_device=self.output_device,
-            pbar=comfy.utils.ProgressBar(steps),
+    def encode_tiled_(self, pixel_samples, tile_x=None, tile_y=None, **_overlap):
+        """Pixels [B, 3, H, W] in 0..1 to latents [B, C, h, w]. Core calls it when the whole ran out of memory."""
+        tile = self._positions(tile_x, tile_y) or self._fallback_tile(self._encode_memory(pixel_samples))
+        return self._in_tiles(
+            lambda model, x, *rest: encode_tiled(model, self.process_input(x), *rest), pixel_samples, tile
         )
 
     def get_sd(self):
@@ -126,8 +126,64 @@ class SanaVAE(comfy.sd.VAE):
             )
         return super().vae_encode_crop_pixels(pixels)
 
-    def _run(self, function, tile: torch.Tensor) -> torch.Tensor:
-        return function(tile.to(self.device, self.vae_dtype)).to(self.vae_output_dtype())
+    def _decode_memory(self, latent: torch.Tensor) -> Callable[[int], int]:
+        """Bytes to decode one of the latents [B, C, h, w], for a tile."""
+        height, width = (side * self.upscale_ratio for side in latent.shape[2:])
+        return partial(decode_memory, self.first_stage_model.config, height, width, self.vae_dtype)
+
+    def _encode_memory(self, pixels: torch.Tensor) -> Callable[[int], int]:
+        """Bytes to encode one of the pictures [B, 3, H, W], for a tile."""
+        return partial(encode_memory, self.first_stage_model.config, *pixels.shape[2:], self.vae_dtype)
+
+    def _must_tile(self, whole: int) -> bool:
+        """Whether to work in tiles, if the whole takes this many bytes."""
+        if self.tiling != "auto":
+            return self.tiling == "always"
+        return whole > self._obtainable()
+
+    def _obtainable(self) -> int:
+        """Bytes for feature maps once all other models have left the GPU; on a CPU, where they cannot, what is free."""
+        if comfy.model_management.is_device_cpu(self.device):
+            return comfy.model_management.get_free_memory(self.device)
+        total = comfy.model_management.get_total_memory(self.device)
+        return int(total - comfy.model_management.extra_reserved_memory() - self.model_size())
+
+    def _fitting_tile(self, memory: Callable[[int], int], available: int) -> int:
+        return choose_tile(self.first_stage_model.config, memory, available)
+
+    def _fallback_tile(self, memory: Callable[[int], int]) -> int:
+        """Tile for what is free now that the whole ran out of memory. Raises MemoryError if tiles are not wanted."""
+        if self.tiling == "never":
+            raise MemoryError(
+                "The DC-AE ran out of memory on the whole picture, and tiling is set to never. "
+                "Set it to auto: tiles give the same picture in less memory."
+            )
+        return self.tile or self._fitting_tile(memory, comfy.model_management.get_free_memory(self.device))
+
+    def _positions(self, *sides: int | None) -> int | None:
+        """Latent positions a side of a tile in pixels."""
+        side = _smaller(*sides)
+        return side and max(1, side // self.downscale_ratio)
+
+    def _load(self, memory: int) -> None:
+        comfy.model_management.load_models_gpu(
+            [self.patcher], memory_required=memory, force_full_load=self.disable_offload
+        )
+
+    def _in_tiles(self, function, batch: torch.Tensor, tile: int) -> torch.Tensor:
+        """Results of a tiled function of the model for each of a batch [B, C, h, w], one after the other."""
+        log.info("DC-AE works in tiles of %d pixels a side", tile * self.upscale_ratio)
+        bar = comfy.utils.ProgressBar(1)
+        results = []
+        for picture in batch.split(1):
+
+            def progress(done: int, total: int) -> None:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                bar.update_absolute(len(results) * total + done, len(batch) * total)
+
+            result = function(self.first_stage_model, picture.to(self.device, self.vae_dtype), tile, progress)
+            results.append(result.to(self.output_device, self.vae_output_dtype()))
+        return torch.cat(results)
 
     def _check_latent(self, latent: torch.Tensor) -> None:
         if latent.shape[1] != self.latent_channels:
@@ -174,10 +230,9 @@ def _autoencoder_dtype(device: torch.device, dtype: torch.dtype | None) -> torch
     return safe
 
 
-def _activation_bytes(channels: tuple[int, ...], depths: tuple[int, ...], dtype: torch.dtype) -> float:
-    """Estimated peak for each pixel of the picture. The first stage that has blocks holds the largest maps."""
-    width = channels[0] if depths[0] > 0 else channels[1] / 4
-    return _LIVE_FEATURE_MAPS * width * comfy.model_management.dtype_size(dtype)
+def _smaller(*sides: int | None) -> int | None:
+    """The smaller of the sides that are given, None if none is."""
+    return min((side for side in sides if side is not None), default=None)
 
 
 class _Muted(logging.Filter):

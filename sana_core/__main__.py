@@ -27,6 +27,7 @@ NANO_FILES = {
     "text_encoder": NANO / "text_encoders" / "gemma2_nano.safetensors",
 }
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VAE_TILING = {"auto": None, "always": True, "never": False}
 CONVERTERS = {"transformer": (load_transformer, save_transformer), "vae": (load_dc_ae, save_dc_ae)}
 METADATA_KEY = "sana"  # not "prompt", which ComfyUI reads as a graph when the picture is dropped on its canvas
 
@@ -52,31 +53,49 @@ def generate(args: argparse.Namespace) -> None:
     """One picture for each prompt, all with the same seed, so that each can be made again on its own."""
     files = _model_files(args)
     paths = _output_paths(args.output, args.prompt)
+    image = None if args.image is None else Image.open(args.image)
     pipe = _load_pipeline(args, files)
     for path, strength in args.lora:
         pipe.load_lora(path, strength)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    settings = {
-        "negative_prompt": args.negative_prompt,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "pag_guidance_scale": args.pag_scale,
-        "pag_applied_layers": args.pag_layers,
-        "guidance_interval": args.guidance_interval,
-        "sampler": args.sampler,
-        "shift": pipe.shift if args.shift is None else args.shift,
-        "complex_human_instruction": args.instruction,
-        "seed": seed,
-    }
+    settings = _settings(args, pipe) | {"seed": seed}
+    source = {} if image is None else {"image": args.image.name}
+    vae_tiling = VAE_TILING[args.vae_tiling]  # not among the settings: the picture does not depend on it
     for prompt, path in zip(args.prompt, paths, strict=True):
         logger.info("seed %d: %s", seed, prompt)
-        (picture,) = pipe(prompt, height=args.height, width=args.width, **settings)
+        (picture,) = pipe(prompt, height=args.height, width=args.width, image=image, vae_tiling=vae_tiling, **settings)
         size = {"width": picture.width, "height": picture.height}
+        notes = {"prompt": prompt, **source, **settings, **size, "models": _names(files), **_loras(args)}
         try:
-            write_png(picture, path, {"prompt": prompt, **settings, **size, "models": _names(files), **_loras(args)})
+            write_png(picture, path, notes)
         except OSError as error:
             raise OSError(f"{error}. Older files are whole; --seed {seed} draws the picture again") from error
         sys.stdout.write(f"{path}\n")
+
+
+def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
+    """The options that this model's sampler has; the pipeline refuses those that it has not."""
+    settings = {
+        "num_inference_steps": pipe.default_steps if args.steps is None else args.steps,
+        "guidance_scale": args.guidance_scale,
+        "complex_human_instruction": args.instruction,
+    }
+    if args.image:
+        settings["strength"] = args.strength
+    if pipe.is_sprint:
+        given = {"negative_prompt": args.negative_prompt, "shift": args.shift, **_guidance(args)}
+        return settings | {name: value for name, value in given.items() if value and value != PAG_OFF}
+    shift = pipe.shift if args.shift is None else args.shift
+    own = {"negative_prompt": args.negative_prompt, "sampler": args.sampler, "shift": shift}
+    return settings | own | _guidance(args)
+
+
+def _guidance(args: argparse.Namespace) -> dict:
+    return {
+        "pag_guidance_scale": args.pag_scale,
+        "pag_applied_layers": args.pag_layers,
+        "guidance_interval": args.guidance_interval,
+    }
 
 
 def _model_files(args: argparse.Namespace) -> dict[str, Path]:
@@ -158,7 +177,9 @@ def _add_generate(commands) -> None:
     )
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="what to draw; repeat the option for more pictures")
-    add("--negative-prompt", default="", help="what to keep away from")
+    add("--negative-prompt", default="", help="what to keep away from; not for Sprint")
+    add("--image", type=Path, help="a picture to start from; Sprint only")
+    add("--strength", type=float, default=0.5, help="the share of the steps that --image is put through")
     add("--output", type=Path, default=Path("output"), help="a PNG, or a folder that gets sana_00001.png and so on")
     add("--transformer", type=Path, help="file or folder; the default is the sana-nano that ships with the pack")
     add("--vae", type=Path, help="file or folder of the DC-AE autoencoder")
@@ -175,7 +196,7 @@ def _add_generate(commands) -> None:
     )
     add("--height", type=int, help="pixels, a multiple of 32; the default is the model's own size")
     add("--width", type=int, help="pixels, a multiple of 32; the default is the model's own size")
-    add("--steps", type=int, default=20, help="of the sampler")
+    add("--steps", type=int, help="of the sampler; the default is 20, or 2 for Sprint")
     add("--guidance-scale", type=float, default=4.5, help="how closely to follow the prompt; 1 switches guidance off")
     add(
         "--pag-scale",
@@ -191,10 +212,16 @@ def _add_generate(commands) -> None:
         metavar=("LOW", "HIGH"),
         help="guide between these noise levels of 0 to 1 only, which saves time; not with --pag-scale",
     )
-    add("--sampler", choices=list(SAMPLERS), default="flow_dpm-solver", help="method")
-    add("--shift", type=float, help="of the schedule; the default is the model's own")
+    add("--sampler", choices=list(SAMPLERS), default="flow_dpm-solver", help="method; Sprint has its own")
+    add("--shift", type=float, help="of the schedule; the default is the model's own; not for Sprint")
     add("--no-instruction", dest="instruction", action="store_false", help="encode the prompt without the instruction")
     add("--seed", type=int, help="of the noise; the default is another one each time")
+    add(
+        "--vae-tiling",
+        choices=list(VAE_TILING),
+        default="auto",
+        help="decode in tiles, to the same picture in less memory; auto does so when a GPU's memory is short",
+    )
     add("--device", type=_device, help="cuda, cpu ...; the default is a GPU if there is one")
     add("--dtype", choices=list(DTYPES), help="of the weights; the default is the files', float32 on a CPU")
     add("--verbose", action="store_true", help="say what was loaded, and why so")

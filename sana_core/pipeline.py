@@ -4,43 +4,28 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
 
+from .captions import Captions, join_captions
 from .checkpoint import Lora, load_dc_ae, load_text_encoder, load_transformer, read_lora
+from .finite import require_finite
 from .models.lora import apply_lora
+from .models.memory import choose_tile, decode_memory, free_memory
 from .models.sana import Perturbation
+from .models.tiling import decode_tiled
+from .pictures import encode_image, to_pictures
 from .resolution import check_size
+from .sampler import scm
 from .sampler.flow import SAMPLERS
 from .sampler.guidance import PAG_OFF, cfg_denoiser
 from .sampler.schedule import SCHEDULES
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Captions:
-    """What the transformer attends to: text features [B, L, C] and their mask [B, L], 1 = attend."""
-
-    embeds: Tensor
-    mask: Tensor
-
-
-def require_finite(tensor: Tensor, stage: str) -> Tensor:
-    """Return the tensor; raise FloatingPointError that names the stage when it holds NaN or infinity."""
-    if torch.isfinite(tensor).all():
-        return tensor
-    bad = tensor.numel() - int(torch.isfinite(tensor).sum())
-    raise FloatingPointError(
-        f"{stage} returned NaN or infinity in {bad} of {tensor.numel()} values ({tensor.dtype}). Most often the dtype "
-        "is too narrow for the weights: use bfloat16 or float32. Else the file is damaged"
-    )
 
 
 def prepare_noise(shape: Sequence[int], seed: int) -> Tensor:
@@ -49,7 +34,10 @@ def prepare_noise(shape: Sequence[int], seed: int) -> Tensor:
 
 
 class SanaPipeline:
-    """The three networks and the official way to sample them. `from_files` and `from_pretrained` load them."""
+    """The three networks and the official way to sample them: SCM for Sana-Sprint, flow samplers for all others.
+
+    `from_files` and `from_pretrained` load them.
+    """
 
     def __init__(self, transformer, vae, text_encoder, *, shift: float | None = None):
         """`shift` of the flow schedule; None takes the transformer's own. Raises ValueError if the parts don't fit."""
@@ -131,7 +119,7 @@ class SanaPipeline:
         *,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         guidance_scale: float = 4.5,
         pag_guidance_scale: float = PAG_OFF,
         pag_applied_layers: int | Sequence[int] | None = None,
@@ -144,63 +132,101 @@ class SanaPipeline:
         generator: torch.Generator | None = None,
         seed: int | None = None,
         latents: Tensor | None = None,
+        image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
+        strength: float = 0.5,
+        timesteps: Sequence[float] | None = None,
         output_type: str = "pil",
+        vae_tiling: bool | None = None,
         callback: Callable[[dict], None] | None = None,
     ) -> list[Image.Image] | Tensor:
         """Draw one picture for each prompt.
 
-        negative_prompt: what to keep away from, one for all or one each; unused at guidance_scale 1.
+        negative_prompt: what to keep away from, one for all or one each; unused at guidance_scale 1. Not for Sprint.
         height, width: pixels, multiples of the autoencoder's compression; None takes the model's own size.
+        num_inference_steps: None takes `default_steps`.
+        guidance_scale: how closely to follow the prompt. An input of Sprint's network, which costs no time.
         pag_guidance_scale: of perturbed-attention guidance, which needs a scale above 1; official Sana has used 2.
         pag_applied_layers: blocks of the transformer that it perturbs; None takes the model's own.
         guidance_interval: noise levels (low, high), of 0 to 1 and after the shift, between which guidance_scale
             counts; outside only the prompt is asked. Ignored with perturbed-attention guidance, as official Sana does.
-        sampler: "flow_dpm-solver" or "flow_euler", each on its official schedule.
-        shift: of the schedule; None takes the model's.
+        sampler: "flow_dpm-solver" or "flow_euler", each on its official schedule. Sprint has its own.
+        shift: of the schedule; None takes the model's. Not for Sprint, and neither are PAG and the interval.
         complex_human_instruction: True puts the official text before the prompt, a string replaces it, False omits it.
         prompt_embeds, prompt_mask: text features [B, L, C] and mask [B, L] instead of a prompt.
         seed, generator: where the noise comes from; with neither it is different each time.
-        latents: the noise itself [B, C, h, w], unit deviation.
+        latents: the noise itself [B, C, h, w], unit deviation. Sprint's later steps take theirs from seed or generator.
         output_type: "pil"; "pt" for pixels [B, 3, H, W] in 0..1; "latent" for latents, scaled to unit deviation.
+        vae_tiling: decode in tiles, which gives the same picture in less memory; None does so when memory is short.
         callback: called before each step with a dict of x, i, sigma, sigma_hat and denoised.
+
+        For Sprint only:
+        image: what to start from, one for all or one each: pictures, which are scaled and cut to the size, pixels as
+            "pt" gives them, or latents as "latent" gives them.
+        strength: the share of the steps, rounded up, that the image is put through; of 2 steps, 0.5 leaves one.
+        timesteps: the steps' angles, falling from at most 1.5708 to 0; the first one says how much of an image goes.
 
         Raises ValueError for arguments that do not fit, FloatingPointError, with the stage, for NaN or infinity.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f'output_type is {output_type!r}, expected "pil", "pt" or "latent"')
-        if sampler not in SAMPLERS:
-            raise ValueError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
-        layers = self._perturbed_layers(pag_applied_layers)
-        if pag_guidance_scale > PAG_OFF and guidance_interval is not None:
-            logger.warning("the guidance interval is ignored: perturbed-attention guidance is on")
-        sigmas = SCHEDULES[sampler](num_inference_steps, self.shift if shift is None else shift)
+        if self.is_sprint:
+            pag = pag_guidance_scale if pag_guidance_scale > PAG_OFF else None
+            refused = {"negative_prompt": negative_prompt or None, "shift": shift}
+            _refuse("Sana-Sprint", **refused, pag_guidance_scale=pag, guidance_interval=guidance_interval)
+            sigmas = scm.get_sigmas_scm(num_inference_steps, timesteps, 1.0 if image is None else strength)
+            if image is not None and strength < 1 and scm.starts_from_noise(sigmas):
+                logger.warning(scm.IMAGE_IGNORED, strength, len(sigmas) - 1)
+        else:
+            _refuse("a Sana model other than Sprint", image=image, timesteps=timesteps)
+            sigmas = self._flow_sigmas(sampler, num_inference_steps, shift)
+            guidance = self._guidance(guidance_scale, pag_guidance_scale, guidance_interval)
+            layers = self._perturbed_layers(pag_applied_layers)
         shape = self._latent_shape(height, width)
         cond = self._prepare_captions(prompt, complex_human_instruction, prompt_embeds, prompt_mask)
-        x = self._prepare_latents((len(cond.embeds), *shape), latents, generator, seed)
-        captions = cond
-        if guidance_scale != 1:
-            captions = _join(self._encode_negative(negative_prompt, len(cond.embeds)), cond)
-        # Official Flow-DPM-Solver truncates the timestep, unless the model divides it by itself.
-        whole = sampler == "flow_dpm-solver" and self.transformer.config.timestep_scale == 1
-        model = cfg_denoiser(
-            self._velocity(captions, layers),
-            scale=guidance_scale,
-            pag_scale=pag_guidance_scale,
-            interval=guidance_interval,
-            floor_timesteps=whole,
-        )
-        x = SAMPLERS[sampler](model, x, sigmas.to(x.device), callback=callback)
+        shape = (len(cond.embeds), *shape)
+        generator = self._noise_source(generator, seed, None if self.is_sprint else latents)
+        noise = self._prepare_latents(shape, latents, generator)
+        if self.is_sprint:
+            start = None if image is None else encode_image(self.vae, image, shape, self.device)
+            x = self._sample_sprint(cond, noise, sigmas, guidance_scale, start, generator, callback)
+        else:
+            x = self._sample_flow(cond, noise, sigmas, sampler, guidance, layers, negative_prompt, callback)
         if output_type == "latent":
             return x
-        pixels = self.decode(x)
+        pixels = self.decode(x, vae_tiling=vae_tiling)
         return pixels if output_type == "pt" else to_pictures(pixels)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pixels [B, 3, H, W] in 0..1, float32, of scaled latents [B, C, h, w]."""
+    @torch.no_grad()
+    def decode(self, latents: Tensor, *, vae_tiling: bool | None = None) -> Tensor:
+        """Pixels [B, 3, H, W] in 0..1, float32, of scaled latents [B, C, h, w].
+
+        vae_tiling: True decodes in tiles, False whole; None in tiles if the GPU's free memory does not hold the whole.
+        """
         latents = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
         # One at a time: the decoder's widest feature maps take far more memory than the pictures.
-        pixels = torch.cat([self.vae.decode(latent) for latent in latents.split(1)]).float()
+        pixels = torch.cat([self._decode_one(latent, vae_tiling) for latent in latents.split(1)])
         return (require_finite(pixels, "the DC-AE decoder") / 2 + 0.5).clamp(0, 1)
+
+    def _decode_one(self, latent: Tensor, tiling: bool | None) -> Tensor:
+        config = self.vae.config
+        height, width = (side * config.spatial_compression for side in latent.shape[-2:])
+        memory = partial(decode_memory, config, height, width, self.vae.dtype)
+        available = free_memory(latent.device)
+        if tiling is None:
+            tiling = available is not None and memory() > available
+        if not tiling:
+            return self.vae.decode(latent).float()
+        return decode_tiled(self.vae, latent, choose_tile(config, memory, available)).float()
+
+    @property
+    def default_steps(self) -> int:
+        """How many sampling steps suit the model: 20, or 2 for Sprint."""
+        return scm.DEFAULT_STEPS if self.is_sprint else 20
+
+    @property
+    def is_sprint(self) -> bool:
+        """Whether the transformer is Sana-Sprint's: it is sampled by SCM, and guidance is an input of it."""
+        return self.transformer.config.guidance_embed
 
     @property
     def device(self) -> torch.device:
@@ -219,8 +245,40 @@ class SanaPipeline:
                 f"the transformer reads text features of {config.caption_channels} channels, the text encoder gives "
                 f"{self.text_encoder.channels}: they do not belong together"
             )
-        if config.guidance_embed:
-            raise ValueError("this is a Sana-Sprint transformer, which flow samplers cannot sample; use a base model")
+
+    def _flow_sigmas(self, sampler: str, steps: int | None, shift: float | None) -> Tensor:
+        if sampler not in SAMPLERS:
+            raise ValueError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
+        steps = self.default_steps if steps is None else steps
+        return SCHEDULES[sampler](steps, self.shift if shift is None else shift)
+
+    @staticmethod
+    def _guidance(scale: float, pag_scale: float, interval: tuple[float, float] | None) -> dict:
+        if pag_scale > PAG_OFF and interval is not None:
+            logger.warning("the guidance interval is ignored: perturbed-attention guidance is on")
+        return {"scale": scale, "pag_scale": pag_scale, "interval": interval}
+
+    def _sample_flow(self, cond, noise, sigmas, sampler, guidance, layers, negative_prompt, callback) -> Tensor:
+        captions = cond
+        if guidance["scale"] != 1:
+            captions = join_captions(self._encode_negative(negative_prompt, len(cond.embeds)), cond)
+        # Official Flow-DPM-Solver truncates the timestep, unless the model divides it by itself.
+        whole = sampler == "flow_dpm-solver" and self.transformer.config.timestep_scale == 1
+        model = cfg_denoiser(self._velocity(captions, layers), floor_timesteps=whole, **guidance)
+        return SAMPLERS[sampler](model, noise, sigmas.to(noise.device), callback=callback)
+
+    def _sample_sprint(self, cond, noise, sigmas, guidance_scale, image, generator, callback) -> Tensor:
+        guidance = torch.full((len(noise),), float(guidance_scale), device=self.device)
+        model = scm.flow_denoiser(self._velocity(cond, guidance=guidance))
+        first = sigmas[0].item()
+        x = scm.pure_noise_scale(first) * noise if image is None else torch.lerp(image.expand_as(noise), noise, first)
+        return scm.sample_scm(
+            model,
+            x,
+            sigmas.to(x.device),
+            callback=callback,
+            noise_sampler=lambda *_: _draw(noise.shape, generator),
+        )
 
     def _perturbed_layers(self, layers: int | Sequence[int] | None) -> tuple[int, ...]:
         return self.transformer.config.perturbed_layers([layers] if isinstance(layers, int) else layers)
@@ -262,20 +320,20 @@ class SanaPipeline:
         embeds, mask = self.text_encoder.encode(prompts, chi=instruction)
         return Captions(require_finite(embeds, "the text encoder").to(self.device), mask.to(self.device))
 
-    def _prepare_latents(self, shape, latents, generator, seed) -> Tensor:
+    def _noise_source(self, generator, seed, latents) -> torch.Generator | None:
         if sum(source is not None for source in (latents, generator, seed)) > 1:
             raise ValueError("latents, generator and seed exclude each other: give one of them, or none")
-        if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape} for this size and batch")
-            return latents.to(self.device, torch.float32)
-        if seed is not None:
-            return prepare_noise(shape, seed).to(self.device)
-        place = "cpu" if generator is None else generator.device
-        return torch.randn(shape, generator=generator, device=place).to(self.device)
+        return generator if seed is None else torch.Generator().manual_seed(seed)
 
-    def _velocity(self, captions: Captions, layers: tuple[int, ...]) -> Callable[..., Tensor]:
-        """What `cfg_denoiser` asks: the transformer with its captions in place, and the layers that it perturbs.
+    def _prepare_latents(self, shape, latents, generator) -> Tensor:
+        if latents is None:
+            return _draw(shape, generator).to(self.device)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape} for this size and batch")
+        return latents.to(self.device, torch.float32)
+
+    def _velocity(self, captions: Captions, layers: tuple[int, ...] = (), **options: Tensor) -> Callable[..., Tensor]:
+        """What denoisers ask: the transformer with captions and options in place, and the layers that it perturbs.
 
         Fewer rows than captions are the last ones. Calls, one a step, are counted to say where it failed.
         """
@@ -286,33 +344,25 @@ class SanaPipeline:
         def velocity(x: Tensor, timestep: Tensor, perturbed_rows: int = 0) -> Tensor:
             cache = context if len(x) == len(captions.mask) else context.rows(slice(-len(x), None))
             perturbation = Perturbation(layers, perturbed_rows) if perturbed_rows else None
-            rows = model(x.to(model.dtype), timestep, cache, perturbation=perturbation)
+            rows = model(x.to(model.dtype), timestep, cache, perturbation=perturbation, **options)
             return require_finite(rows, f"the transformer at step {next(steps)}")
 
         return velocity
 
 
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """RGB pictures of pixels [B, 3, H, W] in 0..1."""
-    bytes_ = (pixels * 255).round().to("cpu", torch.uint8)
-    return [Image.fromarray(picture) for picture in rearrange(bytes_, "b c h w -> b h w c").numpy()]
+def _draw(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
+    """float32 noise of unit deviation, where the generator is."""
+    return torch.randn(tuple(shape), generator=generator, device="cpu" if generator is None else generator.device)
+
+
+def _refuse(model: str, **arguments) -> None:
+    given = [name for name, value in arguments.items() if value is not None]
+    if given:
+        raise ValueError(f"{' and '.join(given)} given, which {model} has no use for: leave it out")
 
 
 def _as_list(prompt: str | Sequence[str]) -> list[str]:
     return [prompt] if isinstance(prompt, str) else list(prompt)
-
-
-def _join(uncond: Captions, cond: Captions) -> Captions:
-    """One batch of both, in the order that guidance expects."""
-    length = max(uncond.mask.shape[1], cond.mask.shape[1])
-    uncond, cond = _padded(uncond, length), _padded(cond, length)
-    embeds = torch.cat([uncond.embeds.to(cond.embeds), cond.embeds])
-    return Captions(embeds, torch.cat([uncond.mask.to(cond.mask), cond.mask]))
-
-
-def _padded(captions: Captions, length: int) -> Captions:
-    rows = length - captions.mask.shape[1]
-    return Captions(pad(captions.embeds, (0, 0, 0, rows)), pad(captions.mask, (0, rows)))
 
 
 def _require_paths(**paths: str | Path) -> None:

@@ -70,6 +70,7 @@ def tiny_models(tmp_path_factory) -> Path:
 
     folder = tmp_path_factory.mktemp("models")
     save_transformer(tiny.transformer(), folder / "diffusion_models" / "tiny.safetensors")
+    save_transformer(tiny.sprint(), folder / "diffusion_models" / "sprint.safetensors")
     save_dc_ae(tiny.dc_ae(), folder / "vae" / "tiny.safetensors")
     save_text_encoder(tiny.text_encoder(), folder / "text_encoders" / "tiny.safetensors")
     return folder

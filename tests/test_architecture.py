@@ -1,6 +1,6 @@
 """Who may import whom: nodes -> pipeline/training -> {checkpoint, text, sampler} -> models -> kernels.
 
-`config` and `resolution` are below all. The rule is read from the source by `ast`, so that an
+`config`, `finite` and `resolution` are below all. The rule is read from the source by `ast`, so that an
 import inside a function counts as well.
 """
 
@@ -25,9 +25,12 @@ FROM_COMFYUI = {"torch", "torchvision", "torchaudio", "numpy"}  # the build that
 
 LOWEST = {"config", "kernels"}
 MIDDLE = LOWEST | {"models"}
-UPPER = MIDDLE | {"checkpoint", "text", "sampler", "resolution"}
+UPPER = MIDDLE | {"captions", "checkpoint", "finite", "pictures", "resolution", "sampler", "text"}
 MAY_IMPORT = {
+    "captions": set(),
     "config": set(),
+    "finite": set(),
+    "pictures": {"finite"},
     "resolution": set(),
     "kernels": {"config"},
     "models": LOWEST,

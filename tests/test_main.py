@@ -106,6 +106,20 @@ def test_loras_are_added_and_noted(model_options, files, tmp_path, capsys):
     assert "it looks like a DC-AE autoencoder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word, tiling", [("auto", None), ("always", True), ("never", False)])
+def test_tiling_reaches_the_decoder(model_options, tmp_path, monkeypatch, word, tiling):
+    asked, decode = [], SanaPipeline.decode
+
+    def record(pipe, latents, *, vae_tiling):
+        asked.append(vae_tiling)
+        return decode(pipe, latents, vae_tiling=vae_tiling)
+
+    monkeypatch.setattr(SanaPipeline, "decode", record)
+    output = str(tmp_path / "cat.png")
+    assert main(["generate", *model_options, "--vae-tiling", word, "--prompt", "a cat", "--output", output]) == 0
+    assert asked == [tiling]
+
+
 def test_each_prompt_gets_the_next_free_name(model_options, tmp_path, capsys):
     (tmp_path / "sana_00007.png").write_bytes(b"kept")
     command = ["generate", *model_options, "--prompt", "a cat", "--prompt", "a bird", "--output", str(tmp_path)]
@@ -115,6 +129,34 @@ def test_each_prompt_gets_the_next_free_name(model_options, tmp_path, capsys):
     assert [metadata_of(path)["prompt"] for path in paths] == ["a cat", "a bird"]
     assert len({metadata_of(path)["seed"] for path in paths}) == 1
     assert (tmp_path / "sana_00007.png").read_bytes() == b"kept"
+
+
+def test_sprint_has_its_own_steps_and_takes_an_image(model_options, files, tmp_path, capsys):
+    paths = files | {"transformer": files["transformer"].with_name("sprint.safetensors")}
+    options = [str(paths["transformer"]) if word == str(files["transformer"]) else word for word in model_options[:-2]]
+    image, output = tmp_path / "start.png", tmp_path / "end.png"
+    Image.new("RGB", (96, 64), (30, 120, 200)).save(image)
+    extra = ["--image", str(image), "--strength", "0.5", "--height", "64", "--seed", "3", "--output", str(output)]
+    assert main(["generate", *options, "--prompt", PROMPT, *extra]) == 0
+    settings = metadata_of(output)
+    assert settings.pop("models")["transformer"] == "sprint.safetensors" and settings.pop("image") == "start.png"
+    assert settings["num_inference_steps"] == 2 and not {"sampler", "shift", "negative_prompt"} & settings.keys()
+    with Image.open(image) as start, Image.open(output) as picture:
+        (again,) = SanaPipeline.from_files(**paths, device="cpu")(**settings, image=start)
+        assert picture.tobytes() == again.tobytes()
+    assert main(["generate", *options, "--prompt", PROMPT, "--negative-prompt", "blurry", *extra]) == 1
+    assert "negative_prompt given, which Sana-Sprint has no use for" in capsys.readouterr().err
+
+
+def test_other_models_refuse_an_image(model_options, tmp_path, capsys):
+    image = tmp_path / "start.png"
+    Image.new("RGB", (96, 96)).save(image)
+    assert (
+        main(["generate", *model_options, "--prompt", "a cat", "--image", str(image), "--output", str(tmp_path)]) == 1
+    )
+    assert "image given, which a Sana model other than Sprint has no use for" in capsys.readouterr().err
+    assert main(["generate", *model_options, "--prompt", "a cat", "--image", "no.png", "--output", str(tmp_path)]) == 1
+    assert "no.png" in capsys.readouterr().err
 
 
 def test_a_diffusers_folder_is_a_model(files, tmp_path, capsys):

@@ -1,16 +1,14 @@
-import json
 import logging
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
-from sana_core import SanaPipeline
-from sana_core.checkpoint import save_dc_ae, save_text_encoder, save_transformer
+from sana_core import SanaPipeline, pipeline
+from sana_core.models.memory import decode_memory
 from sana_core.pipeline import prepare_noise, require_finite, to_pictures
 from sana_core.sampler.schedule import get_sigmas_flow
-from tests import loras, tiny
+from tests import tiny
 
 SHORT, LONG = "a red cat", "two green birds sleep under a warm yellow sun, 红色背景左边的熊猫 🐼"
 QUICK = {"num_inference_steps": 3, "output_type": "latent"}
@@ -227,6 +225,36 @@ def test_output_types_agree(pipe):
     assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in to_pictures(pixels)]
 
 
+@pytest.fixture
+def tiled(monkeypatch):
+    """The tile of each tiled decode."""
+    asked = []
+
+    def decode_tiled(model, latent, tile):
+        asked.append(tile)
+        return model.decode(latent)
+
+    monkeypatch.setattr(pipeline, "decode_tiled", decode_tiled)
+    return asked
+
+
+def test_tiles_make_the_same_picture(pipe):
+    options = {**QUICK, "seed": 1, "output_type": "pt"}
+    whole, in_tiles = (pipe(SHORT, vae_tiling=tiling, **options) for tiling in (False, True))
+    torch.testing.assert_close(in_tiles, whole, atol=1e-6, rtol=0)
+
+
+def test_little_free_memory_calls_for_tiles(pipe, tiled, monkeypatch):
+    latents = torch.randn(1, 32, 2, 2)
+    needed = decode_memory(pipe.vae.config, 64, 64, torch.float32)
+    for available in (None, needed, needed - 1):
+        monkeypatch.setattr(pipeline, "free_memory", lambda device, free=available: free)
+        pipe.decode(latents)
+    assert len(tiled) == 1 and decode_memory(pipe.vae.config, 64, 64, torch.float32, tiled[0]) < needed
+    pipe.decode(latents, vae_tiling=False)
+    assert len(tiled) == 1
+
+
 def test_pictures_keep_colours_and_orientation():
     pixels = torch.zeros(1, 3, 2, 4)
     pixels[0, 0, 0, 3], pixels[0, 1, 1, 0] = 1.0, 0.5
@@ -325,72 +353,8 @@ def test_arguments_that_do_not_fit_are_named(pipe, arguments, message):
     [
         ({"in_channels": 16}, "latents of 16 channels, the autoencoder makes 32"),
         ({"caption_channels": 48}, "text features of 48 channels, the text encoder gives 32"),
-        ({"guidance_embed": True}, "Sprint"),
     ],
 )
 def test_parts_that_do_not_belong_together_are_refused(pipe, transformer, message):
     with pytest.raises(ValueError, match=message):
         SanaPipeline(tiny.transformer(**transformer), pipe.vae, pipe.text_encoder)
-
-
-@pytest.fixture(scope="module")
-def files(pipe, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    paths = {name: folder / f"{name}.safetensors" for name in ("transformer", "vae", "text_encoder")}
-    save_transformer(pipe.transformer, paths["transformer"])
-    save_dc_ae(pipe.vae, paths["vae"])
-    save_text_encoder(pipe.text_encoder, paths["text_encoder"])
-    return paths
-
-
-def test_files_give_the_same_pictures(pipe, files):
-    loaded = SanaPipeline.from_files(**files, device="cpu")
-    assert torch.equal(loaded(LONG, seed=1, **QUICK), pipe(LONG, seed=1, **QUICK))
-
-
-def test_float16_is_for_the_transformer_alone(files):
-    loaded = SanaPipeline.from_files(**files, device="cpu", dtype=torch.float16)
-    assert loaded.transformer.dtype == torch.float16
-    assert {loaded.vae.dtype, loaded.text_encoder.dtype} <= {torch.float32, torch.bfloat16}
-
-
-def test_missing_files_are_all_named(files, tmp_path):
-    absent = {"vae": tmp_path / "no_vae.safetensors", "text_encoder": tmp_path / "no_gemma"}
-    with pytest.raises(FileNotFoundError, match="vae .*no_vae.safetensors, text_encoder .*no_gemma"):
-        SanaPipeline.from_files(**{**files, **absent})
-
-
-@pytest.mark.parametrize("scheduler, shift", [({"flow_shift": 4.0}, 4.0), ({"shift": 5.0}, 5.0), (None, 3.0)])
-def test_a_diffusers_folder_brings_its_shift(pipe, tmp_path, scheduler, shift):
-    save_transformer(pipe.transformer, tmp_path / "transformer", layout="diffusers")
-    save_dc_ae(pipe.vae, tmp_path / "vae", layout="diffusers")
-    save_text_encoder(pipe.text_encoder, tmp_path / "text_encoder" / "model.safetensors")
-    if scheduler is not None:
-        (tmp_path / "scheduler").mkdir()
-        (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
-    loaded = SanaPipeline.from_pretrained(tmp_path, device="cpu")
-    assert loaded.shift == shift
-    assert torch.equal(loaded(LONG, seed=1, **QUICK, shift=3.0), pipe(LONG, seed=1, **QUICK))
-
-
-def test_what_is_no_folder_is_refused():
-    with pytest.raises(FileNotFoundError, match="someone/anything is not a folder.*diffusers layout"):
-        SanaPipeline.from_pretrained("someone/anything")
-
-
-def test_loras_add_up_in_the_pipeline(tmp_path, caplog):
-    pipe = SanaPipeline(tiny.transformer(), tiny.dc_ae(), tiny.text_encoder())
-    layers = loras.factors(pipe.transformer, ["blocks.1.attn.qkv"])
-    save_file(loras.flat(layers), tmp_path / "a.safetensors")
-    save_file(loras.flat(layers) | {"lora_te_x.alpha": torch.ones(1)}, tmp_path / "b.safetensors")
-    plain = pipe(SHORT, seed=5, **QUICK)
-    with caplog.at_level(logging.INFO):
-        pipe.load_lora(tmp_path / "a.safetensors", 0.25)
-        lora = pipe.load_lora(tmp_path / "b.safetensors", 0.5)
-    assert lora.unmatched == ("lora_te_x.alpha",)
-    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING"]
-    assert "2 of 3 keys matched, 1 weights changed; not in this model: lora_te_x.alpha" in caplog.text
-    ((down, up),) = layers.values()
-    expected = tiny.transformer().blocks[1].attn.qkv.weight + 0.75 * up @ down
-    torch.testing.assert_close(pipe.transformer.blocks[1].attn.qkv.weight, expected)
-    assert not torch.allclose(pipe(SHORT, seed=5, **QUICK), plain, atol=1e-3)

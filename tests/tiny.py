@@ -45,6 +45,10 @@ def transformer(**changes) -> SanaTransformer:
     return filled(SanaTransformer(replace(TRANSFORMER, **changes)))
 
 
+def sprint() -> SanaTransformer:
+    return transformer(guidance_embed=True, qk_norm=True)
+
+
 def dc_ae(**changes) -> DCAE:
     return filled(DCAE(replace(DC_AE, **changes)))
 

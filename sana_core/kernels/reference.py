@@ -21,12 +21,30 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     Returns:
         [B, N, H, D] in v's dtype.
     """
+    state, total = linear_attention_state(k, v)
+    return linear_attention_output(q, state, total, eps).to(v.dtype)
+
+
+def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """All that linear attention keeps of its keys and values; the states of parts of the tokens add up to the whole's.
+
+    Args:
+        k, v: [B, N, H, D], before the ReLU.
+
+    Returns:
+        K^T V [B, H, D, D] and the sum of K [B, H, D], float32.
+    """
+    with torch.autocast(k.device.type, enabled=False):
+        k, v = (part.float().transpose(1, 2) for part in (k.relu(), v))
+        return k.transpose(-1, -2) @ v, k.sum(dim=2)
+
+
+def linear_attention_output(q: Tensor, state: Tensor, total: Tensor, eps: float) -> Tensor:
+    """What queries [B, N, H, D], before the ReLU, read from a state: [B, N, H, D], float32."""
     with torch.autocast(q.device.type, enabled=False):
-        q, k, values = (part.float().transpose(1, 2) for part in (q.relu(), k.relu(), v))
-        state = k.transpose(-1, -2) @ values  # [B, H, D, D]
-        normaliser = q @ k.sum(dim=2).unsqueeze(-1)  # [B, H, N, 1]
-        out = (q @ state) / (normaliser + eps)
-    return out.transpose(1, 2).to(v.dtype)
+        q = q.relu().float().transpose(1, 2)
+        normaliser = q @ total.unsqueeze(-1)  # [B, H, N, 1]
+        return ((q @ state) / (normaliser + eps)).transpose(1, 2)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

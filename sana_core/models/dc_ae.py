@@ -14,6 +14,7 @@ from ..kernels.reference import gated_linear_unit, linear_attention
 HEAD_DIM = 32
 EXPAND_RATIO = 4  # of the feed-forward
 AGGREGATION_KERNEL = 5  # of the multi-scale attention
+ATTENTION_EPS = 1e-15
 
 
 class RMSNorm2d(nn.Module):
@@ -172,12 +173,22 @@ class LiteMLA(nn.Module):
         self.proj = ConvLayer(scales * channels, channels, kernel_size=1, bias=False, norm=norm, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
+        q, k, v = split_heads(self.project_in(x))
+        return self.project_out(linear_attention(q, k, v, ATTENTION_EPS), x.shape[-2:])
+
+    def project_in(self, x: Tensor) -> Tensor:
+        """q, k and v of every scale, by head, for [B, C, h, w]: [B, scales * 3C, h, w]."""
         qkv = self.qkv(x)
-        qkv = torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)
-        tokens = qkv.flatten(2).transpose(1, 2).unflatten(2, (-1, 3 * HEAD_DIM))  # [B, h * w, heads, 96]
-        q, k, v = tokens.chunk(3, dim=-1)
-        out = linear_attention(q, k, v, eps=1e-15).flatten(2).transpose(1, 2)
-        return self.proj(out.unflatten(2, x.shape[-2:]))
+        return torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)
+
+    def project_out(self, heads: Tensor, size: torch.Size) -> Tensor:
+        """Result of the attention [B, h * w, heads, 32] to [B, C, h, w]."""
+        return self.proj(heads.flatten(2).transpose(1, 2).unflatten(2, size))
+
+
+def split_heads(qkv: Tensor) -> tuple[Tensor, ...]:
+    """The q, k and v [B, h * w, heads, 32] of maps [B, heads * 96, h, w]."""
+    return qkv.flatten(2).transpose(1, 2).unflatten(2, (-1, 3 * HEAD_DIM)).chunk(3, dim=-1)
 
 
 class GLUMBConv(nn.Module):
@@ -353,12 +364,7 @@ class DCAE(nn.Module):
         Raises:
             ValueError: a side is not a multiple of the compression.
         """
-        compression = self.config.spatial_compression
-        if pixels.shape[-1] % compression or pixels.shape[-2] % compression:
-            raise ValueError(
-                f"The autoencoder takes sides that are multiples of {compression}, "
-                f"got {pixels.shape[-1]} x {pixels.shape[-2]} pixels. Crop or resize the picture."
-            )
+        self.check_sides(pixels)
         return self.encoder(pixels)
 
     def decode(self, latent: Tensor) -> Tensor:
@@ -367,3 +373,12 @@ class DCAE(nn.Module):
         The pixels are about in [-1, 1], unclamped.
         """
         return self.decoder(latent)
+
+    def check_sides(self, pixels: Tensor) -> None:
+        """Raise ValueError if a side of the pixels [B, 3, H, W] is not a multiple of the compression."""
+        compression = self.config.spatial_compression
+        if pixels.shape[-1] % compression or pixels.shape[-2] % compression:
+            raise ValueError(
+                f"The autoencoder takes sides that are multiples of {compression}, "
+                f"got {pixels.shape[-1]} x {pixels.shape[-2]} pixels. Crop or resize the picture."
+            )

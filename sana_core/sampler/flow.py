@@ -17,7 +17,7 @@ def sample_flow_euler(model, x, sigmas, extra_args=None, callback=None, disable=
     """First order: x + (sigma_next - sigma) * velocity, written with the denoised x0."""
     x, levels = _prepare(x, sigmas)
     for i in trange(len(levels) - 1, disable=disable):
-        denoised = _denoise(model, x, sigmas, i, extra_args, callback)
+        denoised = denoise(model, x, sigmas, i, extra_args, callback)
         x = torch.lerp(denoised, x, levels[i + 1] / levels[i])
     return x
 
@@ -33,7 +33,7 @@ def sample_flow_dpm_solver(model, x, sigmas, extra_args=None, callback=None, dis
     x, levels = _prepare(x, sigmas)
     previous = None
     for i in trange(len(levels) - 1, disable=disable):
-        denoised = _denoise(model, x, sigmas, i, extra_args, callback)
+        denoised = denoise(model, x, sigmas, i, extra_args, callback)
         estimate = denoised
         if previous is not None and 0 < levels[i + 1] < 1:
             estimate = denoised + (denoised - previous) * (_step_ratio(levels, i) / 2)
@@ -53,7 +53,8 @@ def _prepare(x, sigmas):
     return x.to(torch.promote_types(x.dtype, torch.float32)), levels
 
 
-def _denoise(model, x, sigmas, i, extra_args, callback):
+def denoise(model, x, sigmas, i, extra_args, callback):
+    """What the model makes of x at sigmas[i], in x's dtype; tells the callback."""
     sigma = sigmas[i].to(x)
     denoised = model(x, sigma.expand(x.shape[0]), **(extra_args or {})).to(x.dtype)
     if callback is not None:

@@ -84,7 +84,7 @@ def test_workflows_are_there():
 
 
 def test_all_in_one(server, graph, models):
-    image = graph.add("SanaDCAEDecode", samples=sample(graph, models), vae=models[2], tile_size=0, overlap=128)
+    image = graph.add("SanaDCAEDecode", samples=sample(graph, models), vae=models[2], tile_size=0, tiling="auto")
     save(graph, image)
     (picture,) = pictures_of(server, graph)
     assert is_a_picture(picture, (96, 64))

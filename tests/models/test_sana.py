@@ -4,12 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import SanaTransformer2DModel
 
-from sana_core.checkpoint import save_transformer
 from sana_core.config import TRANSFORMERS
 from sana_core.models.layers import position_embedding
 from sana_core.models.sana import SanaTransformer, drop_padding
+from tests import twin
 
 PUBLISHED = [name for name in TRANSFORMERS if name != "sana-nano"]
 
@@ -31,17 +30,6 @@ def random_transformer(config):
     return model
 
 
-def diffusers_twin(model, folder):
-    """Diffusers' model with the same weights, its cross-attention q/k norms at the authors' eps of 1e-6."""
-    save_transformer(model, folder, layout="diffusers")
-    twin = SanaTransformer2DModel.from_pretrained(folder).eval()
-    for block in twin.transformer_blocks:
-        for norm in (block.attn2.norm_q, block.attn2.norm_k):
-            if norm is not None:
-                norm.eps = 1e-6
-    return twin
-
-
 def inputs(config, height, width, tokens=20, lengths=(20, 7)):
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, config.in_channels, height, width, generator=generator)
@@ -54,11 +42,11 @@ def inputs(config, height, width, tokens=20, lengths=(20, 7)):
 
 def compare(config, folder, size, tolerance, **kwargs):
     model = random_transformer(config)
-    twin = diffusers_twin(model, folder)
+    reference = twin.transformer(model, folder)
     x, timestep, context, mask, guidance = inputs(config, *size, **kwargs)
     with torch.no_grad():
         ours = model(x, timestep, context, mask, guidance)
-        theirs = twin(
+        theirs = reference(
             x,
             context,
             timestep * config.timestep_scale,

@@ -21,6 +21,7 @@ NODE_IDS = {  # never change once released
     "SanaFlowDPMSolver",
     "SanaScheduler",
     "SanaPAG",
+    "SanaSprintSampler",
 }
 LANGUAGES = ("en", "zh")
 FOLDERS = ("diffusion_models", "text_encoders", "vae")

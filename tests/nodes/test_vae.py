@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from sana_core.checkpoint import load_dc_ae
+from sana_core.models.memory import decode_memory, encode_memory
 from tests import tiny
 
 
@@ -47,55 +48,97 @@ def test_encodes_to_raw_latents_and_crops_evenly(vae, path):
     assert torch.allclose(vae.encode(pixels), expected, atol=1e-5)
 
 
-def test_one_tile_is_the_whole_picture(vae):
-    latent = torch.randn(1, 32, 3, 3)
-    assert torch.allclose(vae.decode_tiled(latent, tile_x=8, tile_y=8, overlap=2), vae.decode(latent), atol=1e-6)
-    pixels = torch.rand(1, 96, 64, 3)
-    tiled = vae.encode_tiled(pixels, tile_x=256, tile_y=256, overlap=64)
+@pytest.fixture
+def asked(part, monkeypatch):
+    """Records (function, tile, pictures) of each tiled run."""
+    module, calls = part("nodes.vae"), []
+
+    def record(name, function):
+        def recorded(model, x, tile, progress):
+            calls.append((name, tile, len(x)))
+            return function(model, x, tile, progress)
+
+        monkeypatch.setattr(module, name, recorded)
+
+    for name in ("decode_tiled", "encode_tiled"):
+        record(name, getattr(module, name))
+    return calls
+
+
+def test_tiles_make_the_whole_picture(vae, asked):
+    latent = torch.randn(2, 32, 5, 3)
+    assert torch.allclose(vae.decode_tiled(latent, tile_x=2, tile_y=4, overlap=1), vae.decode(latent), atol=1e-5)
+    assert asked == [("decode_tiled", 2, 1)] * 2
+    pixels = torch.rand(1, 160, 100, 3)
+    tiled = vae.encode_tiled(pixels, tile_x=70, tile_y=64, overlap=16)
     assert torch.allclose(tiled, vae.encode(pixels), atol=1e-5)
+    assert asked[2:] == [("encode_tiled", 2, 1)]
 
 
-def constant_decoder(latent):
-    return latent[:, :3].repeat_interleave(32, 2).repeat_interleave(32, 3)
+def test_tiling_can_be_asked_for(vae, asked):
+    latent = torch.randn(1, 32, 3, 2)
+    always = vae.with_tiling("always", 64)
+    assert torch.allclose(always.decode(latent), vae.decode(latent), atol=1e-5)
+    pixels = torch.rand(1, 64, 96, 3)
+    assert torch.allclose(always.encode(pixels), vae.encode(pixels), atol=1e-5)
+    assert asked == [("decode_tiled", 2, 1), ("encode_tiled", 2, 1)]
+    assert vae.tiling == "auto" and always.patcher is vae.patcher
+    with pytest.raises(ValueError, match="tiling is 'some', expected one of auto, always, never"):
+        vae.with_tiling("some")
 
 
-def test_tiles_join_without_seams(vae, monkeypatch):
-    sizes = []
+@pytest.fixture
+def little_memory(comfy, monkeypatch):
+    """Lets ComfyUI see so many bytes."""
 
-    def decode(latent):
-        sizes.append(tuple(latent.shape[2:]))
-        return constant_decoder(latent)
+    def see(bytes_):
+        monkeypatch.setattr(comfy.model_management, "get_free_memory", lambda *_: bytes_)
 
-    monkeypatch.setattr(vae.first_stage_model, "decode", decode)
-    latent = torch.rand(1, 32, 1, 1).expand(1, 32, 9, 7).clone()
-    expected = (constant_decoder(latent) / 2 + 0.5).movedim(1, -1)
-    assert torch.allclose(vae.decode_tiled(latent, tile_x=4, tile_y=4, overlap=1), expected, atol=1e-5)
-    assert len(sizes) > 1 and max(max(size) for size in sizes) == 4
+    return see
 
 
-@pytest.mark.parametrize("tile, overlap", [(100, 40), (64, 16), (32, 32)])
-def test_encoding_tiles_stay_on_the_grid(vae, monkeypatch, tile, overlap):
-    def encode(pixels):
-        assert pixels.shape[2] % 32 == 0 and pixels.shape[3] % 32 == 0
-        return torch.ones(1, 32, pixels.shape[2] // 32, pixels.shape[3] // 32)
+def test_little_memory_calls_for_tiles_that_fit(vae, asked, little_memory):
+    latent = torch.randn(1, 32, 2, 2)
+    whole = vae.decode(latent)
+    needed = vae.memory_used_decode((1, 32, 2, 2), torch.float32)
+    little_memory(needed)
+    vae.decode(latent)
+    assert asked == []
+    little_memory(needed - 1)
+    assert torch.allclose(vae.decode(latent), whole, atol=1e-5)
+    pixels = torch.rand(1, 64, 64, 3)
+    little_memory(vae.memory_used_encode((1, 3, 64, 64), torch.float32) - 1)
+    vae.encode(pixels)
+    assert [name for name, _, _ in asked] == ["decode_tiled", "encode_tiled"] and asked[0][1] == 1
 
-    monkeypatch.setattr(vae.first_stage_model, "encode", encode)
-    latent = vae.encode_tiled(torch.rand(1, 256, 320, 3), tile_x=tile, tile_y=tile, overlap=overlap)
-    assert torch.allclose(latent, torch.ones(1, 32, 8, 10))
+
+def test_never_means_never(vae, asked, little_memory, monkeypatch):
+    little_memory(1)
+    never = vae.with_tiling("never")
+    assert never.decode(torch.randn(1, 32, 2, 2)).shape == (1, 64, 64, 3) and asked == []
+    monkeypatch.setattr(vae.first_stage_model, "decode", out_of_memory)
+    with pytest.raises(MemoryError, match="tiling is set to never. Set it to auto"):
+        never.decode(torch.randn(1, 32, 2, 2))
 
 
-def test_runs_out_of_memory_into_tiles_of_1024(vae, comfy, monkeypatch):
-    sizes = []
+def out_of_memory(_):
+    raise torch.cuda.OutOfMemoryError("test")
 
-    def decode(latent):
-        sizes.append(tuple(latent.shape[2:]))
-        if latent.shape[3] > 32:
-            raise torch.cuda.OutOfMemoryError("test")
-        return constant_decoder(latent)
 
-    monkeypatch.setattr(vae.first_stage_model, "decode", decode)
-    assert vae.decode(torch.rand(1, 32, 2, 40)).shape == (1, 64, 1280, 3)
-    assert sizes[0] == (2, 40) and set(sizes[1:]) == {(2, 32), (2, 12)}
+def test_runs_out_of_memory_into_tiles(vae, asked, monkeypatch):
+    latent, pixels = torch.randn(2, 32, 2, 3), torch.rand(1, 64, 96, 3)
+    picture, encoded = vae.decode(latent), vae.encode(pixels)
+    monkeypatch.setattr(vae.first_stage_model, "decode", out_of_memory)
+    monkeypatch.setattr(vae.first_stage_model, "encode", out_of_memory)
+    assert torch.allclose(vae.decode(latent), picture, atol=1e-5)
+    assert torch.allclose(vae.encode(pixels), encoded, atol=1e-5)
+    assert asked == [("decode_tiled", 32, 1)] * 2 + [("encode_tiled", 32, 1)]
+
+
+def test_interrupts_are_heard_between_tiles(vae, comfy):
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        vae.decode_tiled(torch.randn(1, 32, 2, 2), tile_x=1, tile_y=1)
 
 
 @pytest.mark.parametrize("flag, expected", [("fp16_vae", torch.float32), ("bf16_vae", torch.bfloat16)])
@@ -143,9 +186,32 @@ def test_is_never_loaded_in_part(vae):
     assert vae.patcher.partially_unload(torch.device("cpu"), 10**9) == 0
 
 
-def test_memory_grows_with_the_pixels(vae):
-    one, four = (vae.memory_used_decode((1, 32, side, side), torch.float32) for side in (32, 64))
-    assert four == 4 * one
-    assert vae.memory_used_encode((1, 3, 1024, 1024), torch.bfloat16) == vae.memory_used_decode(
-        (1, 32, 32, 32), torch.bfloat16
-    )
+def test_core_gets_the_estimate_for_one_picture(vae):
+    config = vae.first_stage_model.config
+    assert vae.memory_used_decode((4, 32, 32, 64), torch.bfloat16) == decode_memory(config, 1024, 2048, torch.bfloat16)
+    assert vae.memory_used_encode((4, 3, 512, 256), torch.float32) == encode_memory(config, 512, 256, torch.float32)
+
+
+@pytest.mark.parametrize("node", ["SanaDCAEDecode", "SanaDCAEEncode"])
+def test_nodes_tile_as_asked(part, vae, asked, node):
+    module = part("nodes.autoencoder")
+    latent, pixels = torch.randn(1, 32, 3, 2), torch.rand(1, 96, 64, 3)
+    if node == "SanaDCAEDecode":
+        tiled, whole = (
+            module.SanaDCAEDecode.execute({"samples": latent}, vae, 32, tiling)[0] for tiling in ("always", "never")
+        )
+    else:
+        tiled, whole = (
+            module.SanaDCAEEncode.execute(pixels, vae, 32, tiling)[0]["samples"] for tiling in ("always", "never")
+        )
+    assert torch.allclose(tiled, whole, atol=1e-5)
+    assert len(asked) == 1 and asked[0][1] == 1
+
+
+def test_nodes_take_the_vaes_of_core(part):
+    class Core:
+        def decode(self, latent):
+            return latent + 1
+
+    result = part("nodes.autoencoder").SanaDCAEDecode.execute({"samples": torch.zeros(1)}, Core(), 512, "always")
+    assert result[0] == 1
