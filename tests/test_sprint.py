@@ -192,6 +192,10 @@ def test_narrow_weights_keep_wide_latents(picture):
         ({"num_inference_steps": 0}, "0 sampling steps.*1 to 4"),
         ({"negative_prompt": "blurry"}, "negative_prompt given, which Sana-Sprint has no use for"),
         ({"shift": 3.0, "negative_prompt": "blurry"}, "negative_prompt and shift given"),
+        (
+            {"pag_guidance_scale": 2.0, "guidance_interval": (0.1, 0.9)},
+            "pag_guidance_scale and guidance_interval given",
+        ),
         ({"timesteps": [1.5, 1.0]}, "timesteps are 1.5, 1;"),
         ({"timesteps": [1.5, 0], "num_inference_steps": 2}, "2 timesteps for 2 steps"),
         ({"image": torch.zeros(1, 3, 64, 96), "strength": 0.0}, "strength is 0"),
