@@ -97,8 +97,27 @@ def fitted_samples(model, latent_image: dict) -> torch.Tensor:
     )
 
 
-def with_samples(latent_image: dict, samples: torch.Tensor) -> dict:
-    """The latent with other samples, and without what `fitted_samples` has acted upon."""
+def sample_latent(
+    guider: comfy.samplers.CFGGuider,
+    latent_image: dict,
+    samples: torch.Tensor,
+    noise: torch.Tensor,
+    sampler: comfy.samplers.KSAMPLER,
+    sigmas: torch.Tensor,
+    seed: int,
+) -> dict:
+    """The latent with what the guider samples from noise and `fitted_samples`, whose marks it no longer carries."""
+    samples = guider.sample(
+        noise,
+        samples,
+        sampler,
+        sigmas,
+        denoise_mask=latent_image.get("noise_mask"),
+        callback=latent_preview.prepare_callback(guider.model_patcher, len(sigmas) - 1),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )
+    samples = samples.to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())
     resized = {"downscale_ratio_spacial", "downscale_ratio_temporal"}
     kept = {key: value for key, value in latent_image.items() if key not in resized}
     return {**kept, "samples": samples}
@@ -249,17 +268,8 @@ class SanaSampler(io.ComfyNode):
         sigmas = flow_sigmas(model, sampler, steps, shift, denoise)
         interval = (guidance_interval_low, guidance_interval_high)
         guider = _guider(model, positive, negative, cfg, pag_scale, interval)
-        samples = guider.sample(
-            comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index")),
-            samples,
-            flow_sampler(sampler),
-            sigmas,
-            denoise_mask=latent_image.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        ).to(comfy.model_management.intermediate_device(), comfy.model_management.intermediate_dtype())
-        return io.NodeOutput(with_samples(latent_image, samples))
+        noise = comfy.sample.prepare_noise(samples, seed, latent_image.get("batch_index"))
+        return io.NodeOutput(sample_latent(guider, latent_image, samples, noise, flow_sampler(sampler), sigmas, seed))
 
 
 class SanaFlowDPMSolver(io.ComfyNode):

@@ -2,18 +2,15 @@
 
 import logging
 
-import comfy.model_management
 import comfy.sample
 import comfy.samplers
-import comfy.utils
-import latent_preview
 import node_helpers
 import torch
 from comfy_api.latest import io
 
 from ..sana_core.sampler import scm
 from .adapter import SPRINT_GUIDANCE, SanaModel
-from .sampling import fitted_samples, seed_input, with_samples
+from .sampling import fitted_samples, sample_latent, seed_input
 
 log = logging.getLogger(__name__)
 
@@ -143,17 +140,4 @@ class SanaSprintSampler(io.ComfyNode):
 
         guider = SprintGuider(model)
         guider.set_conds(positive, guidance)
-        samples = guider.sample(
-            noise(),
-            samples,
-            scm_sampler(noise),
-            sigmas,
-            denoise_mask=latent_image.get("noise_mask"),
-            callback=latent_preview.prepare_callback(model, len(sigmas) - 1),
-            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-            seed=seed,
-        )
-        samples = samples.to(
-            device=comfy.model_management.intermediate_device(), dtype=comfy.model_management.intermediate_dtype()
-        )
-        return io.NodeOutput(with_samples(latent_image, samples))
+        return io.NodeOutput(sample_latent(guider, latent_image, samples, noise(), scm_sampler(noise), sigmas, seed))

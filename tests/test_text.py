@@ -24,24 +24,7 @@ PROMPTS = (
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A model with Gemma's settings: no normalisation, bytes for what it has no piece for, Gemma's special ids."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
-        model_writer=model,
-        vocab_size=1200,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        add_dummy_prefix=False,
-        pad_id=0,
-        eos_id=1,
-        bos_id=2,
-        unk_id=3,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return tiny.sentencepiece_model(SENTENCES, 1200)
 
 
 @cache

@@ -1,6 +1,7 @@
 """Complete models of a few thousand random weights, for tests of what is around the networks."""
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -53,23 +54,30 @@ def dc_ae(**changes) -> DCAE:
     return filled(DCAE(replace(DC_AE, **changes)))
 
 
-@cache
-def tokenizer() -> Tokenizer:
+def sentencepiece_model(sentences: Sequence[str], vocab_size: int) -> bytes:
+    """A model with Gemma's settings: no normalisation, bytes for what it has no piece for, Gemma's special ids."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 20),
+        sentence_iterator=iter(sentences * 20),
         model_writer=model,
-        vocab_size=900,
+        vocab_size=vocab_size,
         byte_fallback=True,
         hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        add_dummy_prefix=False,
         pad_id=0,
         eos_id=1,
         bos_id=2,
         unk_id=3,
-        add_dummy_prefix=False,
         minloglevel=2,
     )
-    return Tokenizer(model.getvalue())
+    return model.getvalue()
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return Tokenizer(sentencepiece_model(SENTENCES, 900))
 
 
 def text_encoder() -> TextEncoder:
