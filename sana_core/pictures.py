@@ -1,13 +1,19 @@
-"""Pictures to pixels and back: PIL's RGB pictures, and tensors [B, 3, H, W] in 0..1."""
+"""Pictures to pixels and back, and to files: PIL's RGB pictures, and tensors [B, 3, H, W] in 0..1."""
 
+import json
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from einops import rearrange
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .finite import require_finite
+
+METADATA_KEY = "sana"  # not "prompt", which ComfyUI reads as a graph when the picture is dropped on its canvas
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
@@ -49,6 +55,23 @@ def encode_image(
     pixels = (2 * image - 1).to(vae.dtype)
     latents = torch.cat([vae.encode(picture) for picture in pixels.split(1)]).float()
     return require_finite(latents, "the DC-AE encoder") * vae.config.scaling_factor
+
+
+def write_png(picture: Image.Image, path: Path, metadata: dict) -> None:
+    """Write a picture with its metadata as JSON in a tEXt chunk; a file of that name is replaced only by a whole one.
+
+    Raises OSError that says what could not be written, for example for want of space.
+    """
+    info = PngInfo()
+    info.add_text(METADATA_KEY, json.dumps(metadata))  # escapes whatever tEXt, which is Latin-1, cannot hold
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        picture.save(partial, format="PNG", pnginfo=info)
+        os.replace(partial, path)
+    except OSError as error:
+        raise OSError(error.errno, f"could not write the picture ({error.strerror or error})", str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _pixels(picture: Image.Image, height: int, width: int) -> Tensor:

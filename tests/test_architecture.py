@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "pipeline": UPPER,
     "training": UPPER,
     "__init__": {"pipeline"},
-    "__main__": UPPER | {"pipeline", "training"},
+    "commands": UPPER | {"pipeline", "training"},
+    "__main__": {"commands"},
 }
 CORE = sorted((ROOT / "sana_core").rglob("*.py"))
 PACK = [ROOT / "__init__.py", *sorted((ROOT / "nodes").rglob("*.py")), *CORE]

@@ -8,9 +8,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sana_core import SanaPipeline, __main__
-from sana_core.__main__ import NANO_FILES, main, write_png
+from sana_core import SanaPipeline
+from sana_core.__main__ import main
 from sana_core.checkpoint import load_dc_ae, load_transformer, read_state_dict, save_transformer
+from sana_core.commands.models import NANO_FILES
+from sana_core.pictures import write_png
 from tests import loras, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +178,7 @@ def test_nano_is_the_default(monkeypatch, tmp_path):
         loaded.append(options)
         raise ValueError("enough")
 
-    monkeypatch.setattr(__main__.SanaPipeline, "from_files", from_files)
+    monkeypatch.setattr(SanaPipeline, "from_files", from_files)
     assert main(["generate", "--prompt", "a cat", "--output", str(tmp_path)]) == 1
     assert loaded == [{**NANO_FILES, "variant": None, "device": None, "dtype": None}]
     assert {path.parent.name for path in NANO_FILES.values()} == {"diffusion_models", "vae", "text_encoders"}

@@ -1,0 +1,161 @@
+"""`generate`: pictures of prompts, as PNG with their settings inside."""
+
+import argparse
+import logging
+import re
+import secrets
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+from ..pictures import write_png
+from ..pipeline import SanaPipeline
+from ..sampler.flow import SAMPLERS
+from ..sampler.guidance import PAG_OFF, parse_layers
+from .models import add_model_options, load_pipeline, model_files
+
+logger = logging.getLogger(__name__)
+
+VAE_TILING = {"auto": None, "always": True, "never": False}
+
+
+def add_parser(commands) -> None:
+    """Declare `generate` among the commands."""
+    parser = commands.add_parser(
+        "generate",
+        help="draw pictures of prompts",
+        description="Draw a picture of each prompt and write it as PNG, with its settings in the file.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--prompt", action="append", required=True, help="what to draw; repeat the option for more pictures")
+    add("--negative-prompt", default="", help="what to keep away from; not for Sprint")
+    add("--image", type=Path, help="a picture to start from; Sprint only")
+    add("--strength", type=float, default=0.5, help="the share of the steps that --image is put through")
+    add("--output", type=Path, default=Path("output"), help="a PNG, or a folder that gets sana_00001.png and so on")
+    add_model_options(parser)
+    add(
+        "--lora",
+        type=_lora,
+        action="append",
+        default=[],
+        metavar="PATH[:STRENGTH]",
+        help="a LoRA file for the transformer, at strength 1 if none is given; repeat the option for more",
+    )
+    add("--height", type=int, help="pixels, a multiple of 32; the default is the model's own size")
+    add("--width", type=int, help="pixels, a multiple of 32; the default is the model's own size")
+    add("--steps", type=int, help="of the sampler; the default is 20, or 2 for Sprint")
+    add("--guidance-scale", type=float, default=4.5, help="how closely to follow the prompt; 1 switches guidance off")
+    add(
+        "--pag-scale",
+        type=float,
+        default=PAG_OFF,
+        help="of perturbed-attention guidance, which counts above 1: more coherent shapes in 1.5 times the time",
+    )
+    add("--pag-layers", type=_layers, metavar="8,14", help="blocks that it perturbs; the default is the model's own")
+    add(
+        "--guidance-interval",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="guide between these noise levels of 0 to 1 only, which saves time; not with --pag-scale",
+    )
+    add("--sampler", choices=list(SAMPLERS), default="flow_dpm-solver", help="method; Sprint has its own")
+    add("--shift", type=float, help="of the schedule; the default is the model's own; not for Sprint")
+    add("--no-instruction", dest="instruction", action="store_false", help="encode the prompt without the instruction")
+    add("--seed", type=int, help="of the noise; the default is another one each time")
+    add(
+        "--vae-tiling",
+        choices=list(VAE_TILING),
+        default="auto",
+        help="decode in tiles, to the same picture in less memory; auto does so when a GPU's memory is short",
+    )
+    add("--verbose", action="store_true", help="say what was loaded, and why so")
+    parser.set_defaults(run=generate)
+
+
+def generate(args: argparse.Namespace) -> None:
+    """One picture for each prompt, all with the same seed, so that each can be made again on its own."""
+    files = model_files(args)
+    paths = _output_paths(args.output, args.prompt)
+    image = None if args.image is None else Image.open(args.image)
+    pipe = load_pipeline(args, files)
+    for path, strength in args.lora:
+        pipe.load_lora(path, strength)
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    settings = _settings(args, pipe) | {"seed": seed}
+    source = {} if image is None else {"image": args.image.name}
+    vae_tiling = VAE_TILING[args.vae_tiling]  # not among the settings: the picture does not depend on it
+    for prompt, path in zip(args.prompt, paths, strict=True):
+        logger.info("seed %d: %s", seed, prompt)
+        (picture,) = pipe(prompt, height=args.height, width=args.width, image=image, vae_tiling=vae_tiling, **settings)
+        size = {"width": picture.width, "height": picture.height}
+        notes = {"prompt": prompt, **source, **settings, **size, "models": _names(files), **_loras(args)}
+        try:
+            write_png(picture, path, notes)
+        except OSError as error:
+            raise OSError(f"{error}. Older files are whole; --seed {seed} draws the picture again") from error
+        sys.stdout.write(f"{path}\n")
+
+
+def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
+    """The options that this model's sampler has; the pipeline refuses those that it has not."""
+    settings = {
+        "num_inference_steps": pipe.default_steps if args.steps is None else args.steps,
+        "guidance_scale": args.guidance_scale,
+        "complex_human_instruction": args.instruction,
+    }
+    if args.image:
+        settings["strength"] = args.strength
+    if pipe.is_sprint:
+        given = {"negative_prompt": args.negative_prompt, "shift": args.shift, **_guidance(args)}
+        return settings | {name: value for name, value in given.items() if value and value != PAG_OFF}
+    shift = pipe.shift if args.shift is None else args.shift
+    own = {"negative_prompt": args.negative_prompt, "sampler": args.sampler, "shift": shift}
+    return settings | own | _guidance(args)
+
+
+def _guidance(args: argparse.Namespace) -> dict:
+    return {
+        "pag_guidance_scale": args.pag_scale,
+        "pag_applied_layers": args.pag_layers,
+        "guidance_interval": args.guidance_interval,
+    }
+
+
+def _names(files: dict[str, Path]) -> dict[str, str]:
+    return {part: path.name for part, path in files.items()}
+
+
+def _loras(args: argparse.Namespace) -> dict[str, list]:
+    return {"loras": [[path.name, strength] for path, strength in args.lora]} if args.lora else {}
+
+
+def _output_paths(output: Path, prompts: list[str]) -> list[Path]:
+    """A path for each prompt: the PNG itself, or new names in the folder. Makes the folder."""
+    if output.suffix.lower() == ".png":
+        if len(prompts) > 1:
+            raise ValueError(f"{len(prompts)} prompts do not fit in {output}: name a folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return [output]
+    output.mkdir(parents=True, exist_ok=True)
+    taken = [int(match[1]) for path in output.iterdir() if (match := re.fullmatch(r"sana_(\d+)\.png", path.name))]
+    first = max(taken, default=0) + 1
+    return [output / f"sana_{first + index:05d}.png" for index in range(len(prompts))]
+
+
+def _layers(text: str) -> list[int]:
+    try:
+        return parse_layers(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _lora(text: str) -> tuple[Path, float]:
+    """Path and strength; a colon may also belong to the path."""
+    path, _, strength = text.rpartition(":")
+    try:
+        return (Path(path), float(strength)) if path else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
