@@ -11,8 +11,6 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .finite import require_finite
-
 METADATA_KEY = "sana"  # not "prompt", which ComfyUI reads as a graph when the picture is dropped on its canvas
 
 
@@ -29,32 +27,11 @@ def to_pixels(pictures: Image.Image | Sequence[Image.Image], height: int, width:
     return torch.stack([_pixels(picture, height, width) for picture in pictures])
 
 
-def encode_image(
-    vae, image: Image.Image | Sequence[Image.Image] | Tensor, shape: tuple[int, ...], device: torch.device
-) -> Tensor:
-    """Scaled float32 latents [1 or B, C, h, w] of what image to image starts from.
-
-    image: one for all or one each: pictures, which are scaled and cut to the size, pixels [., 3, H, W] in 0..1, or
-        scaled latents [., C, h, w].
-    shape: [B, C, h, w] of the latents to sample.
-    device: where the autoencoder is.
-
-    Raises ValueError for a tensor of another shape, FloatingPointError for NaN or infinity.
-    """
-    count, channels, *size = shape
-    height, width = (side * vae.config.spatial_compression for side in size)
-    if not isinstance(image, Tensor):
-        image = to_pixels(image, height, width)
-    allowed = [(rows, *rest) for rest in ((3, height, width), (channels, *size)) for rows in sorted({1, count})]
-    if tuple(image.shape) not in allowed:
-        expected = " or ".join(map(str, allowed))
-        raise ValueError(f"the image has shape {tuple(image.shape)}, expected {expected}: pixels or latents")
-    image = require_finite(image.to(device), "whatever made the image")
-    if image.shape[1] == channels:
-        return image.float()
-    pixels = (2 * image - 1).to(vae.dtype)
-    latents = torch.cat([vae.encode(picture) for picture in pixels.split(1)]).float()
-    return require_finite(latents, "the DC-AE encoder") * vae.config.scaling_factor
+def to_mask(masks: Image.Image | Sequence[Image.Image], height: int, width: int) -> Tensor:
+    """Masks [B, 1, height, width] in 0..1 of pictures, fitted as `to_pixels` does: white 1, black or transparent 0."""
+    if isinstance(masks, Image.Image):
+        masks = [masks]
+    return torch.stack([_pixels(_luminance(mask), height, width)[:1] for mask in masks])
 
 
 def write_png(picture: Image.Image, path: Path, metadata: dict) -> None:
@@ -72,6 +49,12 @@ def write_png(picture: Image.Image, path: Path, metadata: dict) -> None:
         raise OSError(error.errno, f"could not write the picture ({error.strerror or error})", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _luminance(mask: Image.Image) -> Image.Image:
+    if not mask.has_transparency_data:
+        return mask.convert("L")
+    return Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask.convert("RGBA")).convert("L")
 
 
 def _pixels(picture: Image.Image, height: int, width: int) -> Tensor:

@@ -1,36 +1,34 @@
 """A prompt becomes a picture, without ComfyUI: text encoder, transformer under a sampler, autoencoder."""
 
-import itertools
 import json
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .captions import Captions, join_captions
+from .autoencoder import decode_latents
+from .captions import Captions
 from .checkpoint import Lora, load_dc_ae, load_text_encoder, load_transformer, read_lora
 from .finite import require_finite
 from .models.lora import apply_lora
-from .models.memory import choose_tile, decode_memory, free_memory
-from .models.sana import Perturbation
-from .models.tiling import decode_tiled
-from .pictures import encode_image, to_pictures
+from .pictures import to_pictures
 from .resolution import check_size
 from .sampler import scm
 from .sampler.flow import SAMPLERS
-from .sampler.guidance import PAG_OFF, cfg_denoiser
-from .sampler.schedule import SCHEDULES
+from .sampler.guidance import PAG_OFF
+from .sampler.schedule import SCHEDULES, partial_schedule
+from .sampling import FlowSampling, SprintSampling, draw_noise
+from .source import Pictures, Source, prepare_source
 
 logger = logging.getLogger(__name__)
 
 
 def prepare_noise(shape: Sequence[int], seed: int) -> Tensor:
     """float32 noise drawn on the CPU, the same on every machine and the same as ComfyUI's samplers draw."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    return draw_noise(shape, torch.Generator().manual_seed(seed))
 
 
 class SanaPipeline:
@@ -132,8 +130,9 @@ class SanaPipeline:
         generator: torch.Generator | None = None,
         seed: int | None = None,
         latents: Tensor | None = None,
-        image: Image.Image | Sequence[Image.Image] | Tensor | None = None,
-        strength: float = 0.5,
+        image: Pictures | None = None,
+        mask: Pictures | None = None,
+        strength: float | None = None,
         timesteps: Sequence[float] | None = None,
         output_type: str = "pil",
         vae_tiling: bool | None = None,
@@ -155,45 +154,55 @@ class SanaPipeline:
         prompt_embeds, prompt_mask: text features [B, L, C] and mask [B, L] instead of a prompt.
         seed, generator: where the noise comes from; with neither it is different each time.
         latents: the noise itself [B, C, h, w], unit deviation. Sprint's later steps take theirs from seed or generator.
+        image: what to start from, one for all or one each: pictures, which are scaled and cut to the size, pixels as
+            "pt" gives them, or latents as "latent" gives them.
+        mask: what of the image to draw anew: pictures, white for yes, or a tensor [B, 1, H, W] in 0..1. Latents have 32
+            pixels a position, which is drawn whole; of "pil" and "pt" the mask then keeps what it does not cover.
+        strength: the share of the steps, rounded up, that the image is put through: of 2 steps, 0.5 leaves one. None
+            takes 0.5, and 1 under a mask.
+        timesteps: angles of the steps, falling from at most 1.5708 to 0; the first one says how much of an image goes.
+            Sprint only.
         output_type: "pil"; "pt" for pixels [B, 3, H, W] in 0..1; "latent" for latents, scaled to unit deviation.
         vae_tiling: decode in tiles, which gives the same picture in less memory; None does so when memory is short.
         callback: called before each step with a dict of x, i, sigma, sigma_hat and denoised.
-
-        For Sprint only:
-        image: what to start from, one for all or one each: pictures, which are scaled and cut to the size, pixels as
-            "pt" gives them, or latents as "latent" gives them.
-        strength: the share of the steps, rounded up, that the image is put through; of 2 steps, 0.5 leaves one.
-        timesteps: the steps' angles, falling from at most 1.5708 to 0; the first one says how much of an image goes.
 
         Raises ValueError for arguments that do not fit, FloatingPointError, with the stage, for NaN or infinity.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise ValueError(f'output_type is {output_type!r}, expected "pil", "pt" or "latent"')
+        if image is None and not (mask is None and strength is None):
+            raise ValueError("mask or strength given without an image: name the image that they are about")
+        if strength is None:
+            strength = 0.5 if image is not None and mask is None else 1.0
         if self.is_sprint:
             pag = pag_guidance_scale if pag_guidance_scale > PAG_OFF else None
-            refused = {"negative_prompt": negative_prompt or None, "shift": shift}
-            _refuse("Sana-Sprint", **refused, pag_guidance_scale=pag, guidance_interval=guidance_interval)
-            sigmas = scm.get_sigmas_scm(num_inference_steps, timesteps, 1.0 if image is None else strength)
-            if image is not None and strength < 1 and scm.starts_from_noise(sigmas):
-                logger.warning(scm.IMAGE_IGNORED, strength, len(sigmas) - 1)
+            refused = {"negative_prompt": negative_prompt or None, "shift": shift, "pag_guidance_scale": pag}
+            refused |= {"pag_applied_layers": pag_applied_layers, "guidance_interval": guidance_interval}
+            _refuse("Sana-Sprint", **refused)
+            generator = self._noise_source(generator, seed)
+            sigmas = scm.get_sigmas_scm(num_inference_steps, timesteps, strength)
+            sampling = SprintSampling(self.transformer, sigmas, guidance_scale, generator)
         else:
-            _refuse("a Sana model other than Sprint", image=image, timesteps=timesteps)
-            sigmas = self._flow_sigmas(sampler, num_inference_steps, shift)
-            guidance = self._guidance(guidance_scale, pag_guidance_scale, guidance_interval)
+            _refuse("a Sana model other than Sprint", timesteps=timesteps)
+            generator = self._noise_source(generator, seed, latents)
+            sigmas = self._flow_sigmas(sampler, num_inference_steps, shift, strength)
             layers = self._perturbed_layers(pag_applied_layers)
+            guidance = (guidance_scale, pag_guidance_scale, guidance_interval, layers)
+            sampling = FlowSampling(self.transformer, sampler, sigmas, *guidance)
         shape = self._latent_shape(height, width)
         cond = self._prepare_captions(prompt, complex_human_instruction, prompt_embeds, prompt_mask)
         shape = (len(cond.embeds), *shape)
-        generator = self._noise_source(generator, seed, None if self.is_sprint else latents)
+        uncond = self._encode_negative(negative_prompt, shape[0]) if sampling.wants_negative else None
+        source = None if image is None else prepare_source(self.vae, image, mask, shape)
+        if source and mask is None and strength < 1 and scm.starts_from_noise(sigmas):
+            logger.warning(scm.IMAGE_IGNORED, strength, len(sigmas) - 1)
         noise = self._prepare_latents(shape, latents, generator)
-        if self.is_sprint:
-            start = None if image is None else encode_image(self.vae, image, shape, self.device)
-            x = self._sample_sprint(cond, noise, sigmas, guidance_scale, start, generator, callback)
-        else:
-            x = self._sample_flow(cond, noise, sigmas, sampler, guidance, layers, negative_prompt, callback)
+        x = self._sample(sampling, cond, uncond, noise, source, callback)
         if output_type == "latent":
             return x
         pixels = self.decode(x, vae_tiling=vae_tiling)
+        if source:
+            pixels = source.paste_unmasked(pixels)
         return pixels if output_type == "pt" else to_pictures(pixels)
 
     @torch.no_grad()
@@ -202,21 +211,7 @@ class SanaPipeline:
 
         vae_tiling: True decodes in tiles, False whole; None in tiles if the GPU's free memory does not hold the whole.
         """
-        latents = (latents / self.vae.config.scaling_factor).to(self.device, self.vae.dtype)
-        # One at a time: the decoder's widest feature maps take far more memory than the pictures.
-        pixels = torch.cat([self._decode_one(latent, vae_tiling) for latent in latents.split(1)])
-        return (require_finite(pixels, "the DC-AE decoder") / 2 + 0.5).clamp(0, 1)
-
-    def _decode_one(self, latent: Tensor, tiling: bool | None) -> Tensor:
-        config = self.vae.config
-        height, width = (side * config.spatial_compression for side in latent.shape[-2:])
-        memory = partial(decode_memory, config, height, width, self.vae.dtype)
-        available = free_memory(latent.device)
-        if tiling is None:
-            tiling = available is not None and memory() > available
-        if not tiling:
-            return self.vae.decode(latent).float()
-        return decode_tiled(self.vae, latent, choose_tile(config, memory, available)).float()
+        return decode_latents(self.vae, latents, vae_tiling)
 
     @property
     def default_steps(self) -> int:
@@ -246,39 +241,27 @@ class SanaPipeline:
                 f"{self.text_encoder.channels}: they do not belong together"
             )
 
-    def _flow_sigmas(self, sampler: str, steps: int | None, shift: float | None) -> Tensor:
+    def _flow_sigmas(self, sampler: str, steps: int | None, shift: float | None, strength: float) -> Tensor:
         if sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
         steps = self.default_steps if steps is None else steps
-        return SCHEDULES[sampler](steps, self.shift if shift is None else shift)
+        sigmas = SCHEDULES[sampler](steps, self.shift if shift is None else shift)
+        return partial_schedule(sigmas, strength)
 
     @staticmethod
-    def _guidance(scale: float, pag_scale: float, interval: tuple[float, float] | None) -> dict:
-        if pag_scale > PAG_OFF and interval is not None:
-            logger.warning("the guidance interval is ignored: perturbed-attention guidance is on")
-        return {"scale": scale, "pag_scale": pag_scale, "interval": interval}
-
-    def _sample_flow(self, cond, noise, sigmas, sampler, guidance, layers, negative_prompt, callback) -> Tensor:
-        captions = cond
-        if guidance["scale"] != 1:
-            captions = join_captions(self._encode_negative(negative_prompt, len(cond.embeds)), cond)
-        # Official Flow-DPM-Solver truncates the timestep, unless the model divides it by itself.
-        whole = sampler == "flow_dpm-solver" and self.transformer.config.timestep_scale == 1
-        model = cfg_denoiser(self._velocity(captions, layers), floor_timesteps=whole, **guidance)
-        return SAMPLERS[sampler](model, noise, sigmas.to(noise.device), callback=callback)
-
-    def _sample_sprint(self, cond, noise, sigmas, guidance_scale, image, generator, callback) -> Tensor:
-        guidance = torch.full((len(noise),), float(guidance_scale), device=self.device)
-        model = scm.flow_denoiser(self._velocity(cond, guidance=guidance))
-        first = sigmas[0].item()
-        x = scm.pure_noise_scale(first) * noise if image is None else torch.lerp(image.expand_as(noise), noise, first)
-        return scm.sample_scm(
-            model,
-            x,
-            sigmas.to(x.device),
-            callback=callback,
-            noise_sampler=lambda *_: _draw(noise.shape, generator),
-        )
+    def _sample(
+        sampling: FlowSampling | SprintSampling,
+        cond: Captions,
+        uncond: Captions | None,
+        noise: Tensor,
+        source: Source | None,
+        callback: Callable[[dict], None] | None,
+    ) -> Tensor:
+        model = sampling.denoiser(cond, uncond)
+        if source is None:
+            return sampling.sample(model, sampling.start(noise, None), callback)
+        start = sampling.start(noise, source.latents)
+        return sampling.sample(source.keep_unmasked(model, noise), start, callback)
 
     def _perturbed_layers(self, layers: int | Sequence[int] | None) -> tuple[int, ...]:
         return self.transformer.config.perturbed_layers([layers] if isinstance(layers, int) else layers)
@@ -320,39 +303,18 @@ class SanaPipeline:
         embeds, mask = self.text_encoder.encode(prompts, chi=instruction)
         return Captions(require_finite(embeds, "the text encoder").to(self.device), mask.to(self.device))
 
-    def _noise_source(self, generator, seed, latents) -> torch.Generator | None:
+    @staticmethod
+    def _noise_source(generator, seed, latents=None) -> torch.Generator | None:
         if sum(source is not None for source in (latents, generator, seed)) > 1:
             raise ValueError("latents, generator and seed exclude each other: give one of them, or none")
         return generator if seed is None else torch.Generator().manual_seed(seed)
 
     def _prepare_latents(self, shape, latents, generator) -> Tensor:
         if latents is None:
-            return _draw(shape, generator).to(self.device)
+            return draw_noise(shape, generator).to(self.device)
         if tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape} for this size and batch")
         return latents.to(self.device, torch.float32)
-
-    def _velocity(self, captions: Captions, layers: tuple[int, ...] = (), **options: Tensor) -> Callable[..., Tensor]:
-        """What denoisers ask: the transformer with captions and options in place, and the layers that it perturbs.
-
-        Fewer rows than captions are the last ones. Calls, one a step, are counted to say where it failed.
-        """
-        model = self.transformer
-        context = model.prepare_context(captions.embeds.to(model.dtype), captions.mask)
-        steps = itertools.count(1)
-
-        def velocity(x: Tensor, timestep: Tensor, perturbed_rows: int = 0) -> Tensor:
-            cache = context if len(x) == len(captions.mask) else context.rows(slice(-len(x), None))
-            perturbation = Perturbation(layers, perturbed_rows) if perturbed_rows else None
-            rows = model(x.to(model.dtype), timestep, cache, perturbation=perturbation, **options)
-            return require_finite(rows, f"the transformer at step {next(steps)}")
-
-        return velocity
-
-
-def _draw(shape: Sequence[int], generator: torch.Generator | None) -> Tensor:
-    """float32 noise of unit deviation, where the generator is."""
-    return torch.randn(tuple(shape), generator=generator, device="cpu" if generator is None else generator.device)
 
 
 def _refuse(model: str, **arguments) -> None:

@@ -25,16 +25,22 @@ FROM_COMFYUI = {"torch", "torchvision", "torchaudio", "numpy"}  # the build that
 
 LOWEST = {"config", "kernels"}
 MIDDLE = LOWEST | {"models"}
-UPPER = MIDDLE | {"captions", "checkpoint", "finite", "pictures", "resolution", "sampler", "text"}
+UPPER = MIDDLE | {
+    "autoencoder", "captions", "checkpoint", "finite", "pictures", "resolution", "sampler", "sampling", "source",
+    "text",
+}  # fmt: skip
 MAY_IMPORT = {
+    "autoencoder": {"finite", "models"},
     "captions": set(),
     "config": set(),
     "finite": set(),
-    "pictures": {"finite"},
+    "pictures": set(),
     "resolution": set(),
     "kernels": {"config"},
     "models": LOWEST,
     "sampler": set(),  # a sampler receives a callable, never a model class
+    "sampling": {"captions", "finite", "models", "sampler"},
+    "source": {"autoencoder", "finite", "models", "pictures", "sampler"},
     "text": {"config"},
     "checkpoint": MIDDLE | {"text"},  # load_text_encoder builds text.TextEncoder
     "pipeline": UPPER,

@@ -150,15 +150,36 @@ def test_sprint_has_its_own_steps_and_takes_an_image(model_options, files, tmp_p
     assert "negative_prompt given, which Sana-Sprint has no use for" in capsys.readouterr().err
 
 
-def test_other_models_refuse_an_image(model_options, tmp_path, capsys):
-    image = tmp_path / "start.png"
-    Image.new("RGB", (96, 96)).save(image)
-    assert (
-        main(["generate", *model_options, "--prompt", "a cat", "--image", str(image), "--output", str(tmp_path)]) == 1
-    )
-    assert "image given, which a Sana model other than Sprint has no use for" in capsys.readouterr().err
-    assert main(["generate", *model_options, "--prompt", "a cat", "--image", "no.png", "--output", str(tmp_path)]) == 1
-    assert "no.png" in capsys.readouterr().err
+def test_an_image_is_drawn_anew_under_the_mask(model_options, files, tmp_path, capsys):
+    image, mask, output = (tmp_path / name for name in ("start.png", "mask.png", "end.png"))
+    Image.effect_noise((96, 96), 90).convert("RGB").save(image)
+    white_on_the_left = Image.new("L", (96, 96))
+    white_on_the_left.paste(255, (0, 0, 32, 96))
+    white_on_the_left.save(mask)
+    command = ["generate", *model_options, "--prompt", "a cat", "--seed", "3", "--image", str(image)]
+    assert main([*command, "--mask", str(mask), "--output", str(output)]) == 0
+    settings = metadata_of(output)
+    assert [settings.pop(name) for name in ("image", "mask")] == ["start.png", "mask.png"]
+    del settings["models"]
+    with Image.open(image) as start, Image.open(mask) as where, Image.open(output) as picture:
+        (again,) = SanaPipeline.from_files(**files, device="cpu")(**settings, image=start, mask=where)
+        assert picture.tobytes() == again.tobytes()
+        assert picture.crop((32, 0, 96, 96)).tobytes() == start.crop((32, 0, 96, 96)).tobytes()
+
+
+def test_sources_that_cannot_be_used_are_one_line(model_options, tmp_path, capsys):
+    command = ["generate", *model_options, "--prompt", "a cat", "--output", str(tmp_path / "out.png")]
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no picture")
+    for options, message in (
+        (["--image", "no.png"], "no.png"),
+        (["--image", str(broken)], "cannot identify image file"),
+        (["--strength", "0.5"], "strength given without an image"),
+    ):
+        assert main([*command, *options]) == 1
+        error = capsys.readouterr().err
+        assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [broken]
 
 
 def test_a_diffusers_folder_is_a_model(files, tmp_path, capsys):

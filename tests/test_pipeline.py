@@ -4,9 +4,10 @@ import pytest
 import torch
 from PIL import Image
 
-from sana_core import SanaPipeline, pipeline
-from sana_core.models.memory import decode_memory
-from sana_core.pipeline import prepare_noise, require_finite, to_pictures
+from sana_core import SanaPipeline
+from sana_core.finite import require_finite
+from sana_core.pictures import to_pictures
+from sana_core.pipeline import prepare_noise
 from sana_core.sampler.schedule import get_sigmas_flow
 from tests import tiny
 
@@ -225,34 +226,10 @@ def test_output_types_agree(pipe):
     assert [picture.tobytes() for picture in pictures] == [picture.tobytes() for picture in to_pictures(pixels)]
 
 
-@pytest.fixture
-def tiled(monkeypatch):
-    """The tile of each tiled decode."""
-    asked = []
-
-    def decode_tiled(model, latent, tile):
-        asked.append(tile)
-        return model.decode(latent)
-
-    monkeypatch.setattr(pipeline, "decode_tiled", decode_tiled)
-    return asked
-
-
 def test_tiles_make_the_same_picture(pipe):
     options = {**QUICK, "seed": 1, "output_type": "pt"}
     whole, in_tiles = (pipe(SHORT, vae_tiling=tiling, **options) for tiling in (False, True))
     torch.testing.assert_close(in_tiles, whole, atol=1e-6, rtol=0)
-
-
-def test_little_free_memory_calls_for_tiles(pipe, tiled, monkeypatch):
-    latents = torch.randn(1, 32, 2, 2)
-    needed = decode_memory(pipe.vae.config, 64, 64, torch.float32)
-    for available in (None, needed, needed - 1):
-        monkeypatch.setattr(pipeline, "free_memory", lambda device, free=available: free)
-        pipe.decode(latents)
-    assert len(tiled) == 1 and decode_memory(pipe.vae.config, 64, 64, torch.float32, tiled[0]) < needed
-    pipe.decode(latents, vae_tiling=False)
-    assert len(tiled) == 1
 
 
 def test_pictures_keep_colours_and_orientation():

@@ -31,8 +31,13 @@ def add_parser(commands) -> None:
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="what to draw; repeat the option for more pictures")
     add("--negative-prompt", default="", help="what to keep away from; not for Sprint")
-    add("--image", type=Path, help="a picture to start from; Sprint only")
-    add("--strength", type=float, default=0.5, help="the share of the steps that --image is put through")
+    add("--image", type=Path, help="a picture to start from, scaled and cut to the size")
+    add("--mask", type=Path, help="a picture, white where --image is to be drawn anew; the rest of it stays")
+    add(
+        "--strength",
+        type=float,
+        help="the share of the steps that --image is put through; the default is 0.5, and 1 with --mask",
+    )
     add("--output", type=Path, default=Path("output"), help="a PNG, or a folder that gets sana_00001.png and so on")
     add_model_options(parser)
     add(
@@ -79,24 +84,29 @@ def generate(args: argparse.Namespace) -> None:
     """One picture for each prompt, all with the same seed, so that each can be made again on its own."""
     files = model_files(args)
     paths = _output_paths(args.output, args.prompt)
-    image = None if args.image is None else Image.open(args.image)
+    source = {name: Image.open(path) for name, path in _source_paths(args).items()}
     pipe = load_pipeline(args, files)
     for path, strength in args.lora:
         pipe.load_lora(path, strength)
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     settings = _settings(args, pipe) | {"seed": seed}
-    source = {} if image is None else {"image": args.image.name}
+    names = {name: path.name for name, path in _source_paths(args).items()}
     vae_tiling = VAE_TILING[args.vae_tiling]  # not among the settings: the picture does not depend on it
     for prompt, path in zip(args.prompt, paths, strict=True):
         logger.info("seed %d: %s", seed, prompt)
-        (picture,) = pipe(prompt, height=args.height, width=args.width, image=image, vae_tiling=vae_tiling, **settings)
+        (picture,) = pipe(prompt, height=args.height, width=args.width, vae_tiling=vae_tiling, **source, **settings)
         size = {"width": picture.width, "height": picture.height}
-        notes = {"prompt": prompt, **source, **settings, **size, "models": _names(files), **_loras(args)}
+        notes = {"prompt": prompt, **names, **settings, **size, "models": _names(files), **_loras(args)}
         try:
             write_png(picture, path, notes)
         except OSError as error:
             raise OSError(f"{error}. Older files are whole; --seed {seed} draws the picture again") from error
         sys.stdout.write(f"{path}\n")
+
+
+def _source_paths(args: argparse.Namespace) -> dict[str, Path]:
+    """The pictures that the drawing starts from, by the pipeline's names for them."""
+    return {name: path for name in ("image", "mask") if (path := getattr(args, name))}
 
 
 def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
@@ -106,7 +116,7 @@ def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
         "guidance_scale": args.guidance_scale,
         "complex_human_instruction": args.instruction,
     }
-    if args.image:
+    if args.strength is not None:
         settings["strength"] = args.strength
     if pipe.is_sprint:
         given = {"negative_prompt": args.negative_prompt, "shift": args.shift, **_guidance(args)}

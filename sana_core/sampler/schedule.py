@@ -36,6 +36,18 @@ def get_sigmas_flow_euler(steps: int, shift: float) -> torch.Tensor:
     return torch.cat([shift_sigma(levels, shift), levels.new_zeros(1)]).float()
 
 
+def partial_schedule(schedule: torch.Tensor, strength: float) -> torch.Tensor:
+    """The end of a schedule, for image to image: of N steps about N * strength, rounded up, remain.
+
+    As in diffusers' image to image. ComfyUI's `denoise` keeps the number of steps instead, and makes them shorter.
+    Raises ValueError unless 0 < strength <= 1.
+    """
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength is {strength}, expected above 0 (keep the picture) up to 1 (only noise)")
+    steps = len(schedule) - 1
+    return schedule[int(steps - steps * strength) :]
+
+
 def _checked(steps: int) -> int:
     if steps < 1:
         raise ValueError(f"{steps} sampling steps asked for, expected at least 1")

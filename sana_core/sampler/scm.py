@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import trange
 
 from .flow import denoise
+from .schedule import partial_schedule
 
 LARGEST_ANGLE = 1.57080  # the official one: a trifle above pi / 2, so that the first sigma is a trifle above 1
 INTERMEDIATE_ANGLE = 1.3  # between the two steps that Sprint is mostly used with
@@ -48,17 +49,6 @@ def get_timesteps_scm(
     return torch.linspace(LARGEST_ANGLE, 0, steps + 1)
 
 
-def partial_timesteps(timesteps: Tensor, strength: float) -> Tensor:
-    """The end of a schedule, for image to image: of N steps about N * strength, rounded up, remain.
-
-    Raises ValueError unless 0 < strength <= 1.
-    """
-    if not 0 < strength <= 1:
-        raise ValueError(f"strength is {strength}, expected above 0 (keep the picture) up to 1 (only noise)")
-    steps = len(timesteps) - 1
-    return timesteps[int(steps - steps * strength) :]
-
-
 def angles_to_sigmas(timesteps: Tensor) -> Tensor:
     """Noise levels of flow matching, sin / (sin + cos), of TrigFlow angles; float32."""
     angles = timesteps.double()
@@ -66,8 +56,8 @@ def angles_to_sigmas(timesteps: Tensor) -> Tensor:
 
 
 def get_sigmas_scm(steps: int | None = None, timesteps: Sequence[float] | None = None, strength: float = 1.0) -> Tensor:
-    """The noise levels of `get_timesteps_scm`'s angles, without those that `partial_timesteps` leaves out."""
-    return angles_to_sigmas(partial_timesteps(get_timesteps_scm(steps, timesteps=timesteps), strength))
+    """The noise levels of `get_timesteps_scm`'s angles, without those that `partial_schedule` leaves out."""
+    return angles_to_sigmas(partial_schedule(get_timesteps_scm(steps, timesteps=timesteps), strength))
 
 
 def starts_from_noise(sigmas: Tensor) -> bool:

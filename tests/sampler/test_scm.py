@@ -6,12 +6,12 @@ import pytest
 import torch
 from diffusers import SCMScheduler
 
+from sana_core.sampler.schedule import partial_schedule
 from sana_core.sampler.scm import (
     angles_to_sigmas,
     flow_denoiser,
     get_sigmas_scm,
     get_timesteps_scm,
-    partial_timesteps,
     pure_noise_scale,
     sample_scm,
     starts_from_noise,
@@ -113,7 +113,7 @@ def test_sigmas_by_hand():
 )
 def test_strength_leaves_the_last_steps(steps, strength, left):
     timesteps = get_timesteps_scm(steps)
-    assert torch.equal(partial_timesteps(timesteps, strength), timesteps[-left - 1 :])
+    assert torch.equal(partial_schedule(timesteps, strength), timesteps[-left - 1 :])
 
 
 def test_fresh_noise_differs_per_step_and_comes_from_torch_by_default():
@@ -182,7 +182,7 @@ def test_bad_timesteps_are_refused(arguments, message):
 @pytest.mark.parametrize("strength", [0.0, -1.0, 1.01, float("nan")])
 def test_bad_strength_is_refused(strength):
     with pytest.raises(ValueError, match="strength is"):
-        partial_timesteps(get_timesteps_scm(2), strength)
+        partial_schedule(get_timesteps_scm(2), strength)
 
 
 def test_sigmas_that_do_not_fall_are_refused():
