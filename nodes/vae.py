@@ -69,14 +69,14 @@ class SanaVAE(comfy.sd.VAE):
 
     def decode(self, samples_in, *args, **kwargs):
         """Latents [B, C, h, w] to pixels [B, H, W, 3] in 0..1. Raises ValueError for NaN, naming whence it came."""
-        self._check_latent(samples_in)
+        samples_in = self._checked_input(samples_in)
         if self._must_tile(self.memory_used_decode(samples_in.shape, self.vae_dtype)):
             return self.decode_tiled(samples_in)
         return self._checked_pixels(super().decode(samples_in, *args, **kwargs))
 
     def decode_tiled(self, samples, tile_x=None, tile_y=None, **_overlap):
         """As decode, in tiles of that many latent positions. The result is the whole's, whatever overlap is asked."""
-        self._check_latent(samples)
+        samples = self._checked_input(samples)
         memory = self._decode_memory(samples)
         tile = _smaller(tile_x, tile_y) or self.tile or self._fitting_tile(memory, self._obtainable())
         self._load(memory(tile))
@@ -185,7 +185,9 @@ class SanaVAE(comfy.sd.VAE):
             results.append(result.to(self.output_device, self.vae_output_dtype()))
         return torch.cat(results)
 
-    def _check_latent(self, latent: torch.Tensor) -> None:
+    def _checked_input(self, latent: torch.Tensor) -> torch.Tensor:
+        if latent.ndim == 5:
+            latent = latent[:, :, 0]  # a video, [B, C, frames, h, w]: its first frame, as in core's VAEs for pictures
         if latent.shape[1] != self.latent_channels:
             raise ValueError(
                 f"The latent has {latent.shape[1]} channels, this autoencoder takes {self.latent_channels}. Sana's "
@@ -193,6 +195,7 @@ class SanaVAE(comfy.sd.VAE):
             )
         if not torch.isfinite(latent).all():
             raise ValueError("The latent to decode holds NaN or infinity: it went wrong before the autoencoder.")
+        return latent
 
     def _checked_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         return self._checked(pixels, "decoder")

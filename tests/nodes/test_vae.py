@@ -48,6 +48,12 @@ def test_encodes_to_raw_latents_and_crops_evenly(vae, path):
     assert torch.allclose(vae.encode(pixels), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("decode", ["decode", "decode_tiled"])
+def test_a_videos_first_frame_is_the_picture(vae, decode):
+    video = torch.randn(2, 32, 3, 2, 3)
+    assert torch.equal(getattr(vae, decode)(video), getattr(vae, decode)(video[:, :, 0]))
+
+
 @pytest.fixture
 def asked(part, monkeypatch):
     """Records (function, tile, pictures) of each tiled run."""
