@@ -1,93 +1,51 @@
 """Makes the UI workflows and their thumbnails from workflows/api/*.json, with ComfyUI's own front end in Chromium.
 
     bash scripts/environment.sh --test
-    COMFYUI_PATH=$(bash scripts/comfyui.sh) .venv/bin/python scripts/workflows.py
+    COMFYUI_PATH=$(bash scripts/comfyui.sh) .venv/bin/python -m scripts.workflows
 
-The API files are the source of what runs; the tables below add what only a reader needs: groups, notes, the files
-that the front end offers to download. Sizes and widgets are the front end's, since only it knows them.
+workflows/api/*.json is the source of what runs, workflows/notes/*.md of what is said about it. Added here is what else
+a reader needs: groups, and where the published files are. Sizes and widgets are the front end's: only it knows them.
 """
 
 import asyncio
 import json
 import os
 import uuid
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import aiohttp
-from demo import OUTPUT, Server, Status, free_port, queue_workflow, wait_for_images
 from PIL import Image
 from playwright.async_api import async_playwright
+
+from sana_core.published import PUBLISHED, describe_size
+
+from .demo import OUTPUT, Server, Status, free_port, queue_workflow, wait_for_images
 
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 CHROMIUM = "/usr/bin/chromium"
 THUMBNAIL = 512  # pixels a side
-HUGGING_FACE = "https://huggingface.co"
-
-GROUPS = [  # title, colour, nodes by their title in the API file; one column each, from the left
-    ("1. Models", "#3f789e", ["Transformer", "Text encoder", "Autoencoder"]),
-    ("2. What to draw", "#8a8", ["Prompt", "Negative prompt", "Size"]),
-    ("3. Draw it", "#b06634", ["Sampler"]),
-    ("4. The picture", "#88a", ["Decode", "Picture"]),
-]
-
-NOTES = {  # Markdown, shown left of the groups
-    "sana_nano_text_to_image": (
-        "sana-nano",
-        """# Text to image with sana-nano
-
-Press **Run**. The models come with the pack, so there is nothing to download, and a CPU is enough.
-
-sana-nano is a real but tiny Sana: 256 x 256 pixels, emoji on plain backgrounds. It knows sentences such as
-
-- a 🐼 on the left of a red background
-- 红色背景左边的熊猫
-
-The negative prompt stays empty: that is how the model was trained.
-
-For pictures of anything, open the template *sana_text_to_image_1024*.
-""",
-    ),
-    "sana_text_to_image_1024": (
-        "Files to download",
-        """# Text to image with Sana 1.6B, 1024 px
-
-ComfyUI marks the loaders whose file is missing and offers the download. By hand:
+FILES = """ComfyUI marks the loaders whose file is missing and offers the download. So does the node
+*Download Sana Model*; by hand:
 
 | File | Folder |
 | --- | --- |
-| [Sana_1600M_1024px_BF16.pth]({transformer}) (6.4 GB) | `models/diffusion_models` |
-| [gemma_2_2b_it_elm_bf16.safetensors]({text_encoder}) (5.2 GB) | `models/text_encoders` |
-| [model.safetensors]({autoencoder}) (1.2 GB), **renamed** to `dc-ae-f32c32-sana-1.1.safetensors` | `models/vae` |
+{rows}
 
 **Terms.** Gemma is under Google's Gemma Terms of Use. For the Sana weights the model cards name an NVIDIA licence,
 while licence files in some of the repositories say Apache-2.0: read the page of the file that you use.
+"""
 
-**Settings.** 20 steps and guidance 4.5 are the authors' defaults. Other sizes: the node *Sana Resolution* has the
-official table. Prompts may be English, Chinese or emoji; beyond 300 tokens they are cut.
-""",
+GROUPS = [  # title, colour, nodes by their title in the API file; one column each, from the left
+    ("1. Models", "#3f789e", ["Transformer", "LoRA", "Perturbed attention", "ControlNet", "Text encoder", "Autoencoder"]),
+    ("2. What to draw", "#8a8", ["Prompts", "Prompt", "Negative prompt", "Size"]),
+    (
+        "3. What to start from",
+        "#a86",
+        ["Image", "Scale the image", "Scale the mask", "Encode", "Draw anew", "Apply ControlNet"],
     ),
-}
-
-MODELS = {  # workflow -> node title -> the file that the node wants
-    "sana_text_to_image_1024": {
-        "Transformer": {
-            "name": "Sana_1600M_1024px_BF16.pth",
-            "url": f"{HUGGING_FACE}/Efficient-Large-Model/Sana_1600M_1024px_BF16/resolve/main/checkpoints/"
-            "Sana_1600M_1024px_BF16.pth",
-            "directory": "diffusion_models",
-        },
-        "Text encoder": {
-            "name": "gemma_2_2b_it_elm_bf16.safetensors",
-            "url": f"{HUGGING_FACE}/Comfy-Org/PixelDiT/resolve/main/text_encoders/gemma_2_2b_it_elm_bf16.safetensors",
-            "directory": "text_encoders",
-        },
-        "Autoencoder": {
-            "name": "dc-ae-f32c32-sana-1.1.safetensors",
-            "url": f"{HUGGING_FACE}/mit-han-lab/dc-ae-f32c32-sana-1.1/resolve/main/model.safetensors",
-            "directory": "vae",
-        },
-    },
-}
+    ("4. Draw it", "#b06634", ["Sampler"]),
+    ("5. The picture", "#88a", ["Decode", "Keep the rest", "Picture"]),
+]
 
 # Places the nodes of an API workflow in columns, one group each, and returns the graph as the front end saves it.
 LAY_OUT = """
@@ -98,7 +56,8 @@ async ({ name, api, groups, note, models, id }) => {
   const graph = app.graph;
   const byTitle = new Map(graph.nodes.map((node) => [api[node.id]._meta.title, node]));
   let x = 0;
-  for (const [title, color, members] of groups) {
+  groups = groups.map(([title, color, members]) => [title, color, members.filter((member) => byTitle.has(member))]);
+  for (const [title, color, members] of groups.filter(([, , members]) => members.length)) {
     let y = HEADER + TITLE;
     for (const member of members) {
       const node = byTitle.get(member);
@@ -109,6 +68,7 @@ async ({ name, api, groups, note, models, id }) => {
       for (const widget of node.widgets ?? [])
         if (widget.name === "control_after_generate") widget.value = "fixed";
       if (models[member]) node.properties.models = [models[member]];
+      byTitle.delete(member);
     }
     const group = new LiteGraph.LGraphGroup(title);
     group.color = color;
@@ -117,11 +77,11 @@ async ({ name, api, groups, note, models, id }) => {
     graph.add(group);
     x += WIDTH + 3 * GAP;
   }
-  const [noteTitle, noteText] = note;
+  if (byTitle.size) throw new Error(`no group for ${[...byTitle.keys()]}`);
   const reader = LiteGraph.createNode("MarkdownNote");
   graph.add(reader);
-  reader.title = noteTitle;
-  reader.widgets[0].value = noteText;
+  reader.title = "Read me";
+  reader.widgets[0].value = note;
   reader.pos = [-420 - GAP, TITLE];
   reader.setSize([420, 400]);
   return JSON.stringify({ ...graph.serialize(), id, revision: 0, extra: {} });
@@ -146,11 +106,22 @@ def save_thumbnail(source, target):
         square.resize((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS).save(target, quality=88)
 
 
-def note_of(name):
-    """Title and text of a workflow's note."""
-    title, text = NOTES[name]
-    urls = {node.lower().replace(" ", "_"): model["url"] for node, model in MODELS.get(name, {}).items()}
-    return title, text.format(**urls)
+def published_files(api):
+    """The published files that an API workflow names, by the title of the node that loads them."""
+    files = {file.filename: file for file in PUBLISHED.values()}
+    named = ((node["_meta"]["title"], value) for node in api.values() for value in node["inputs"].values())
+    return {title: files[value] for title, value in named if isinstance(value, str) and value in files}
+
+
+def note_of(name, files):
+    """The text of a workflow's note, with a table of its files in the place of {files}."""
+    rows = "\n".join(
+        f"| [{PurePosixPath(file.path).name}]({file.url}) ({describe_size(file.size)}), saved as `{file.filename}` "
+        f"| `models/{file.folder}` |"
+        for file in files.values()
+    )
+    text = (WORKFLOWS / "notes" / f"{name}.md").read_text(encoding="utf-8")
+    return text.replace("{files}\n", FILES.format(rows=rows))
 
 
 async def open_front_end(playwright, server):
@@ -164,14 +135,19 @@ async def open_front_end(playwright, server):
     return page
 
 
-async def author(page, name, api):
+def model_entry(file):
+    """What the front end reads of a loader's file to offer its download."""
+    return {"name": file.filename, "url": file.url, "directory": file.folder}
+
+
+async def author(page, name, api, files):
     """Writes the UI workflow of an API workflow; returns the screenshot of its graph."""
     arguments = {
         "name": name,
         "api": api,
         "groups": GROUPS,
-        "note": note_of(name),
-        "models": MODELS.get(name, {}),
+        "note": note_of(name, files),
+        "models": {title: model_entry(file) for title, file in files.items()},
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
     }
     graph = json.loads(await page.evaluate(LAY_OUT, arguments))
@@ -197,8 +173,9 @@ async def main():
             page = await open_front_end(playwright, server)
             for path in sorted((WORKFLOWS / "api").glob("*.json")):
                 api = json.loads(path.read_text(encoding="utf-8"))
-                picture = await author(page, path.stem, api)
-                if path.stem not in MODELS:  # nothing to download: the thumbnail shows what the workflow draws
+                files = published_files(api)
+                picture = await author(page, path.stem, api, files)
+                if not files:  # nothing to download: the thumbnail shows what the workflow draws
                     picture = await draw(session, server, api)
                 save_thumbnail(picture, path.parents[1] / f"{path.stem}.jpg")
             await page.context.browser.close()
