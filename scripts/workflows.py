@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 import aiohttp
 from PIL import Image
 from playwright.async_api import async_playwright
-
 from sana_core.published import PUBLISHED, describe_size
 
 from .demo import OUTPUT, Server, Status, free_port, queue_workflow, wait_for_images
@@ -36,7 +35,11 @@ while licence files in some of the repositories say Apache-2.0: read the page of
 """
 
 GROUPS = [  # title, colour, nodes by their title in the API file; one column each, from the left
-    ("1. Models", "#3f789e", ["Transformer", "LoRA", "Perturbed attention", "ControlNet", "Text encoder", "Autoencoder"]),
+    (
+        "1. Models",
+        "#3f789e",
+        ["Transformer", "LoRA", "Perturbed attention", "ControlNet", "Text encoder", "Autoencoder"],
+    ),
     ("2. What to draw", "#8a8", ["Prompts", "Prompt", "Negative prompt", "Size"]),
     (
         "3. What to start from",
