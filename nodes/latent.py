@@ -27,7 +27,7 @@ _SQUARE = _label(Size(1024, 1024))
 # entries for training included.
 _OLD_BASES = {"512px": 512, "1024px": 1024, "2K": 2048, "4K": 4096, "SanaMS_600M_P1_D28": 1024}
 _OLD_BASES |= {"SanaMS_1600M_P1_D20": 1024, "SanaMS_1600M_P1_D20_2K": 2048, "SanaMS_1600M_P1_D20_4K": 4096}
-_OLD_SIZES = {f"{ratio:.2f}": Size(size.width, size.height) for ratio, size in ASPECT_RATIOS[1024].items()}
+_OLD_SIZES = {f"{ratio:.2f}": size for ratio, size in ASPECT_RATIOS[1024].items()}
 
 
 class SanaResolution(io.ComfyNode):
@@ -76,9 +76,12 @@ class SanaResolution(io.ComfyNode):
     def execute(cls, base_size: str, aspect_ratio: str) -> io.NodeOutput:
         """Width and height of the table's entry."""
         base = _OLD_BASES.get(base_size) or int(base_size)
-        wanted = _OLD_SIZES.get(aspect_ratio) or _SIZES[aspect_ratio]
-        tables = ASPECT_RATIOS if aspect_ratio in _OLD_SIZES else INFERENCE_ASPECT_RATIOS
-        size = nearest_size(wanted.height, wanted.width, tables[base])
+        if aspect_ratio in _OLD_SIZES:
+            wanted = _OLD_SIZES[aspect_ratio]
+            size = nearest_size(wanted.height, wanted.width, ASPECT_RATIOS[base])
+            return io.NodeOutput(size.height, size.width)
+        wanted = _SIZES[aspect_ratio]
+        size = nearest_size(wanted.height, wanted.width, INFERENCE_ASPECT_RATIOS[base])
         return io.NodeOutput(size.width, size.height)
 
 
