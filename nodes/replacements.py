@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from comfy_api.latest import ComfyAPI, io
+
 from nodes import NODE_CLASS_MAPPINGS
 
 
@@ -29,9 +30,7 @@ class OldNode(io.NodeReplace):
         """
         mapping = [{"new_id": name, "old_id": old_name} for name, old_name in inputs.items()]
         mapping += [{"new_id": name, "set_value": value} for name, value in (values or {}).items()]
-        super().__init__(
-            new_node_id=new, old_node_id=old, old_widget_ids=list(widgets) or None, input_mapping=mapping
-        )
+        super().__init__(new_node_id=new, old_node_id=old, old_widget_ids=list(widgets) or None, input_mapping=mapping)
         self.outputs = outputs
 
     def as_dict(self) -> dict:

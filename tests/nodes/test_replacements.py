@@ -54,7 +54,7 @@ class Ranked(str):
 
 
 def ranked(prompt, readers_first):
-    """The prompt with ids that make core, which goes through a set, replace a node after those that read it, or before."""
+    """The prompt with ids that make core, which goes through a set, begin at its end or at its beginning."""
     size = len(prompt)
     ids = {key: Ranked(key, size - int(key) if readers_first else int(key)) for key in prompt}
     for node in prompt.values():
@@ -73,6 +73,7 @@ def replacements(part):
 def classes(part, tiny_models, monkeypatch):
     """ComfyUI's table of node classes, with ours and the tiny models."""
     import folder_paths
+
     from nodes import NODE_CLASS_MAPPINGS
 
     for node in part("nodes").NODES:
