@@ -11,6 +11,7 @@ from .guidance import SanaPAG
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
 from .lora import SanaLoraLoader
+from .replacements import register_replacements
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
 from .sprint import SanaSprintSampler
 
@@ -35,12 +36,13 @@ _MODELS = Path(__file__).parents[1] / "models"
 
 
 class SanaExtension(ComfyExtension):
-    """Registers the nodes, and the models that ship with the pack."""
+    """Registers the nodes, the models that ship with the pack, and what stands for an older pack's nodes."""
 
     async def on_load(self) -> None:
-        """Let every loader of ComfyUI, the stock ones too, list the pack's own small models."""
+        """Let every loader of ComfyUI, the stock ones too, list the pack's own small models; replace older nodes."""
         for folder in ("diffusion_models", "text_encoders", "vae"):
             folder_paths.add_model_folder_path(folder, str(_MODELS / folder))
+        await register_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """Every node of the pack."""

@@ -6,7 +6,7 @@ import comfy.model_management
 import torch
 from comfy_api.latest import io
 
-from ..sana_core.resolution import INFERENCE_ASPECT_RATIOS, Size, check_size, nearest_size
+from ..sana_core.resolution import ASPECT_RATIOS, INFERENCE_ASPECT_RATIOS, Size, check_size, nearest_size
 
 LATENT_CHANNELS = 32
 COMPRESSION = 32  # pixels a side of one latent position
@@ -22,6 +22,12 @@ def _label(size: Size) -> str:
 # Widest first, named by their size at 1024 px; the other tables are matched by the ratio.
 _SIZES = {_label(size): size for size in INFERENCE_ASPECT_RATIOS[1024].values()}
 _SQUARE = _label(Size(1024, 1024))
+
+# What graphs of ComfyUI_ExtraModels call them. That pack has the official table with width and height exchanged, the
+# entries for training included.
+_OLD_BASES = {"512px": 512, "1024px": 1024, "2K": 2048, "4K": 4096, "SanaMS_600M_P1_D28": 1024}
+_OLD_BASES |= {"SanaMS_1600M_P1_D20": 1024, "SanaMS_1600M_P1_D20_2K": 2048, "SanaMS_1600M_P1_D20_4K": 4096}
+_OLD_SIZES = {f"{ratio:.2f}": size for ratio, size in ASPECT_RATIOS[1024].items()}
 
 
 class SanaResolution(io.ComfyNode):
@@ -58,10 +64,24 @@ class SanaResolution(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, base_size: str = "1024", aspect_ratio: str = _SQUARE) -> bool | str:
+        """Accept the options, and what they are called in graphs of ComfyUI_ExtraModels."""
+        if base_size not in [*map(str, _BASES), *_OLD_BASES]:
+            return f"base_size is {base_size!r}; expected one of {', '.join(map(str, _BASES))}"
+        if aspect_ratio not in _SIZES.keys() | _OLD_SIZES.keys():
+            return f"aspect_ratio is {aspect_ratio!r}; expected one of {', '.join(_SIZES)}"
+        return True
+
+    @classmethod
     def execute(cls, base_size: str, aspect_ratio: str) -> io.NodeOutput:
         """Width and height of the table's entry."""
+        base = _OLD_BASES.get(base_size) or int(base_size)
+        if aspect_ratio in _OLD_SIZES:
+            wanted = _OLD_SIZES[aspect_ratio]
+            size = nearest_size(wanted.height, wanted.width, ASPECT_RATIOS[base])
+            return io.NodeOutput(size.height, size.width)
         wanted = _SIZES[aspect_ratio]
-        size = nearest_size(wanted.height, wanted.width, INFERENCE_ASPECT_RATIOS[int(base_size)])
+        size = nearest_size(wanted.height, wanted.width, INFERENCE_ASPECT_RATIOS[base])
         return io.NodeOutput(size.width, size.height)
 
 
