@@ -1,0 +1,61 @@
+"""Tiny random weights under the names of the published files, so that the shipped workflows run as they are."""
+
+from pathlib import Path
+
+from PIL import Image
+from safetensors.torch import save_file
+
+from sana_core.checkpoint import save_dc_ae, save_text_encoder, save_transformer
+from sana_core.config import TRANSFORMERS
+from sana_core.published import PUBLISHED, PublishedFile
+from tests import loras, tiny
+
+SIZE = {"width": 96, "height": 64}
+FEATURES = ("qk_norm", "guidance_embed", "timestep_scale", "pos_embed_base", "pos_embed_interpolation", "shift")
+FILES = {file.filename: file for file in PUBLISHED.values()}
+LORA = "my_sana_lora.safetensors"
+
+
+def make(workflow: dict, models: Path, inputs: Path) -> None:
+    """Write what an API workflow loads: weights into ComfyUI's models, pictures into its inputs."""
+    inputs.mkdir(exist_ok=True)
+    for node in workflow.values():
+        for value in node["inputs"].values():
+            if value in list(FILES):
+                _make_weights(FILES[value], models / FILES[value].folder / value)
+            elif value == LORA:
+                _make_lora(models / "loras" / value)
+        if node["class_type"] == "LoadImage":
+            _make_picture(inputs / node["inputs"]["image"])
+
+
+def shrink(workflow: dict) -> None:
+    """A size that tiny weights draw in no time, wherever the workflow names one."""
+    for node in workflow.values():
+        for side, pixels in SIZE.items():
+            for name in (side, f"resize_type.{side}"):
+                if isinstance(node["inputs"].get(name), int):
+                    node["inputs"][name] = pixels
+
+
+def _make_weights(file: PublishedFile, path: Path) -> None:
+    match file.folder:
+        case "diffusion_models":
+            config = TRANSFORMERS[file.name]
+            save_transformer(tiny.transformer(**{name: getattr(config, name) for name in FEATURES}), path)
+        case "vae":
+            save_dc_ae(tiny.dc_ae(), path)
+        case "text_encoders":
+            save_text_encoder(tiny.text_encoder(), path)
+
+
+def _make_lora(path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    save_file(loras.flat(loras.factors(tiny.transformer(), ["blocks.1.attn.qkv"])), path)
+
+
+def _make_picture(path: Path) -> None:
+    """Noise, whose right half is transparent: ComfyUI takes that for the mask."""
+    picture = Image.effect_noise((200, 150), 90).convert("RGBA")
+    picture.paste((0, 0, 0, 0), (100, 0, 200, 150))
+    picture.save(path)
