@@ -53,6 +53,7 @@ def test_a_file_comes_whole_and_once(server, folder):
     assert path.read_bytes() == DATA
     assert [entry.name for entry in folder.iterdir()] == [path.name]
     assert [name for name, _, _ in server.requests] == ["HEAD", "GET", "GET"]  # the second one at the content network
+    assert server.asked("GET")[0]["accept-encoding"] == "identity", "bytes can be counted on the way"
     assert f"/resolve/{COMMIT}/" in server.requests[1][1], "the version that was asked about, not a newer one"
     assert path.stat().st_mode & 0o044 == 0o044 & ~os.umask(os.umask(0)), "others may read it, as the umask says"
 
