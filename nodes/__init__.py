@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .autoencoder import SanaDCAEDecode, SanaDCAEEncode
 from .conditioning import SanaPromptEncode
+from .download import SanaDownloadModel
 from .guidance import SanaPAG
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
@@ -20,6 +21,7 @@ NODES: list[type[io.ComfyNode]] = [
     SanaTextEncoderLoader,
     SanaDCAELoader,
     SanaLoraLoader,
+    SanaDownloadModel,
     SanaPromptEncode,
     SanaEmptyLatent,
     SanaResolution,

@@ -6,9 +6,9 @@ import sys
 
 import torch
 
-from .commands import convert, generate
+from .commands import convert, download, generate
 
-COMMANDS = {"generate": generate, "convert": convert}
+COMMANDS = {"generate": generate, "convert": convert, "download": download}
 
 
 def main(argv: list[str] | None = None) -> int:

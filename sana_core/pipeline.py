@@ -13,6 +13,7 @@ from .autoencoder import decode_latents
 from .captions import Captions
 from .checkpoint import Lora, load_dc_ae, load_text_encoder, load_transformer, read_lora
 from .finite import require_finite
+from .hub import fetch_model
 from .models.lora import apply_lora
 from .pictures import to_pictures
 from .resolution import check_size
@@ -87,14 +88,13 @@ class SanaPipeline:
     ) -> "SanaPipeline":
         """Load a folder in the diffusers layout: transformer/, vae/, text_encoder/ and, if present, scheduler/.
 
-        Arguments and errors are those of `from_files`.
+        Or a published model by its name or repository, such as Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers:
+        what is not on the disk yet is downloaded, see `hub.fetch_model`. No other repository is.
+        Arguments and errors are those of `from_files`; DownloadError for what stops a download.
         """
+        if not Path(folder).is_dir():
+            return cls.from_files(**_published_files(str(folder)), variant=variant, device=device, dtype=dtype)
         folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(
-                f"{folder} is not a folder. Expected one in the diffusers layout, with transformer/, vae/ and "
-                "text_encoder/ in it, such as a download of Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
-            )
         parts = {name: folder / name for name in ("transformer", "vae", "text_encoder")}
         return cls.from_files(**parts, variant=variant, device=device, dtype=dtype, shift=_read_shift(folder))
 
@@ -325,6 +325,16 @@ def _refuse(model: str, **arguments) -> None:
 
 def _as_list(prompt: str | Sequence[str]) -> list[str]:
     return [prompt] if isinstance(prompt, str) else list(prompt)
+
+
+def _published_files(name: str) -> dict[str, Path]:
+    try:
+        return fetch_model(name)
+    except ValueError as error:
+        raise FileNotFoundError(
+            f"{name} is not a folder. Expected one in the diffusers layout, with transformer/, vae/ and text_encoder/ "
+            f"in it, or a published model. {error}"
+        ) from error
 
 
 def _require_paths(**paths: str | Path) -> None:

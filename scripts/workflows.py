@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 import aiohttp
 from PIL import Image
 from playwright.async_api import async_playwright
+
 from sana_core.published import PUBLISHED, describe_size
 
 from .demo import OUTPUT, Server, Status, free_port, queue_workflow, wait_for_images

@@ -26,15 +26,17 @@ FROM_COMFYUI = {"torch", "torchvision", "torchaudio", "numpy"}  # the build that
 LOWEST = {"config", "kernels"}
 MIDDLE = LOWEST | {"models"}
 UPPER = MIDDLE | {
-    "autoencoder", "captions", "checkpoint", "finite", "pictures", "resolution", "sampler", "sampling", "source",
-    "text",
+    "autoencoder", "captions", "checkpoint", "finite", "hub", "pictures", "published", "resolution", "sampler",
+    "sampling", "source", "text",
 }  # fmt: skip
 MAY_IMPORT = {
     "autoencoder": {"finite", "models"},
     "captions": set(),
     "config": set(),
     "finite": set(),
+    "hub": {"published"},
     "pictures": set(),
+    "published": {"config"},
     "resolution": set(),
     "kernels": {"config"},
     "models": LOWEST,

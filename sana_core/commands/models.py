@@ -22,7 +22,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--transformer", type=Path, help="file or folder; the default is the sana-nano that ships with the pack")
     add("--vae", type=Path, help="file or folder of the DC-AE autoencoder")
     add("--text-encoder", type=Path, help="file or folder of Gemma-2")
-    add("--model", type=Path, help="a folder in the diffusers layout instead of the three files")
+    add("--model", type=Path, help="instead of the three: a folder in the diffusers layout, or a name of `download`")
     add("--variant", help="name of the preset, where the transformer's file alone cannot tell")
     add("--device", type=_device, help="cuda, cpu ...; the default is a GPU if there is one")
     add("--dtype", choices=list(DTYPES), help="of the weights; the default is the files', float32 on a CPU")

@@ -12,6 +12,7 @@ NODE_IDS = {  # never change once released
     "SanaTextEncoderLoader",
     "SanaDCAELoader",
     "SanaLoraLoader",
+    "SanaDownloadModel",
     "SanaPromptEncode",
     "SanaEmptyLatent",
     "SanaResolution",
