@@ -35,6 +35,7 @@ MAY_IMPORT = {
     "config": set(),
     "finite": set(),
     "pictures": set(),
+    "prompts": {"resolution"},
     "resolution": set(),
     "kernels": {"config"},
     "models": LOWEST,
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "pipeline": UPPER,
     "training": UPPER,
     "__init__": {"pipeline"},
-    "commands": UPPER | {"pipeline", "training"},
+    "commands": UPPER | {"pipeline", "prompts", "training"},
     "__main__": {"commands"},
 }
 CORE = sorted((ROOT / "sana_core").rglob("*.py"))
