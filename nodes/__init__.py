@@ -11,6 +11,7 @@ from .guidance import SanaPAG
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
 from .lora import SanaLoraLoader
+from .prompts import SanaPromptsFromFile
 from .replacements import register_replacements
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
 from .sprint import SanaSprintSampler
@@ -21,6 +22,7 @@ NODES: list[type[io.ComfyNode]] = [
     SanaDCAELoader,
     SanaLoraLoader,
     SanaPromptEncode,
+    SanaPromptsFromFile,
     SanaEmptyLatent,
     SanaResolution,
     SanaDCAEEncode,

@@ -3,12 +3,14 @@
 import json
 import re
 from dataclasses import astuple
+from pathlib import Path
 
 import pytest
 
 from sana_core.prompts import PromptEntry, read_prompts, safe_name
 from sana_core.resolution import Size
 
+WORKFLOWS = Path(__file__).parents[1] / "workflows"
 SQUARE = Size(1024, 1024)
 
 
@@ -221,3 +223,11 @@ def test_names_are_short():
 def test_no_two_names_are_alike(read):
     file = read("a cat\nA Cat --ar 1:2\na cat_2\na cat\n")
     assert [entry.name for entry in file.entries] == ["a_cat", "A_Cat_2", "a_cat_2_2", "a_cat_3"]
+
+
+def test_the_shipped_prompts_are_those_that_the_note_shows():
+    path = WORKFLOWS / "inputs" / "sana_prompts.txt"
+    file = read_prompts(path)
+    assert len(file.entries) == 3 and file.faults == file.notes == ()
+    note = (WORKFLOWS / "notes" / "sana_prompts_from_file.md").read_text(encoding="utf-8")
+    assert f"```\n{path.read_text(encoding='utf-8')}```" in note

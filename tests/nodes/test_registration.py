@@ -13,6 +13,7 @@ NODE_IDS = {  # never change once released
     "SanaDCAELoader",
     "SanaLoraLoader",
     "SanaPromptEncode",
+    "SanaPromptsFromFile",
     "SanaEmptyLatent",
     "SanaResolution",
     "SanaDCAEEncode",
