@@ -12,6 +12,7 @@ from .guidance import SanaPAG
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
 from .lora import SanaLoraLoader
+from .prompts import SanaPromptsFromFile
 from .replacements import register_replacements
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
 from .sprint import SanaSprintSampler
@@ -23,6 +24,7 @@ NODES: list[type[io.ComfyNode]] = [
     SanaLoraLoader,
     SanaDownloadModel,
     SanaPromptEncode,
+    SanaPromptsFromFile,
     SanaEmptyLatent,
     SanaResolution,
     SanaDCAEEncode,

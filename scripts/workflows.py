@@ -3,13 +3,15 @@
     bash scripts/environment.sh --test
     COMFYUI_PATH=$(bash scripts/comfyui.sh) .venv/bin/python -m scripts.workflows
 
-workflows/api/*.json is the source of what runs, workflows/notes/*.md of what is said about it. Added here is what else
-a reader needs: groups, and where the published files are. Sizes and widgets are the front end's: only it knows them.
+workflows/api/*.json is the source of what runs, workflows/notes/*.md of what is said about it, workflows/inputs/ holds
+the files that they read, as they lie in ComfyUI's input folder. Added here is what else a reader needs: groups, and
+where the published files are. Sizes and widgets are the front end's: only it knows them.
 """
 
 import asyncio
 import json
 import os
+import shutil
 import uuid
 from pathlib import Path, PurePosixPath
 
@@ -169,6 +171,7 @@ async def author(page, name, api, files):
 
 
 async def main():
+    shutil.copytree(WORKFLOWS / "inputs", Path(os.environ["COMFYUI_PATH"]) / "input", dirs_exist_ok=True)
     with Server(Path(os.environ["COMFYUI_PATH"]), free_port(8188)) as server:
         async with aiohttp.ClientSession() as session, async_playwright() as playwright:
             await server.wait_until_up(session, Status())

@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "finite": set(),
     "hub": {"published"},
     "pictures": set(),
+    "prompts": {"resolution"},
     "published": {"config"},
     "resolution": set(),
     "kernels": {"config"},
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "pipeline": UPPER,
     "training": UPPER,
     "__init__": {"pipeline"},
-    "commands": UPPER | {"pipeline", "training"},
+    "commands": UPPER | {"pipeline", "prompts", "training"},
     "__main__": {"commands"},
 }
 CORE = sorted((ROOT / "sana_core").rglob("*.py"))

@@ -5,6 +5,7 @@ import logging
 import re
 import secrets
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
@@ -13,7 +14,9 @@ from ..pictures import write_png
 from ..pipeline import SanaPipeline
 from ..sampler.flow import SAMPLERS
 from ..sampler.guidance import PAG_OFF, parse_layers
+from .batch import add_file_options, draw_prompt_file, read_prompt_file
 from .models import add_model_options, load_pipeline, model_files
+from .ranks import own_device, require_one_process
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +32,9 @@ def add_parser(commands) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--prompt", action="append", required=True, help="what to draw; repeat the option for more pictures")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", action="append", help="what to draw; repeat the option for more pictures")
+    add_file_options(source)
     add("--negative-prompt", default="", help="what to keep away from; not for Sprint")
     add("--image", type=Path, help="a picture to start from, scaled and cut to the size")
     add("--mask", type=Path, help="a picture, white where --image is to be drawn anew; the rest of it stays")
@@ -38,7 +43,12 @@ def add_parser(commands) -> None:
         type=float,
         help="the share of the steps that --image is put through; the default is 0.5, and 1 with --mask",
     )
-    add("--output", type=Path, default=Path("output"), help="a PNG, or a folder that gets sana_00001.png and so on")
+    add(
+        "--output",
+        type=Path,
+        default=Path("output"),
+        help="a PNG, or a folder that gets sana_00001.png and so on; with a file, pictures are named by their prompts",
+    )
     add_model_options(parser)
     add(
         "--lora",
@@ -69,7 +79,7 @@ def add_parser(commands) -> None:
     add("--sampler", choices=list(SAMPLERS), default="flow_dpm-solver", help="method; Sprint has its own")
     add("--shift", type=float, help="of the schedule; the default is the model's own; not for Sprint")
     add("--no-instruction", dest="instruction", action="store_false", help="encode the prompt without the instruction")
-    add("--seed", type=int, help="of the noise; the default is another one each time")
+    add("--seed", type=int, help="of the noise; the default is another one each time, and 0 with a file")
     add(
         "--vae-tiling",
         choices=list(VAE_TILING),
@@ -83,25 +93,64 @@ def add_parser(commands) -> None:
 def generate(args: argparse.Namespace) -> None:
     """One picture for each prompt, all with the same seed, so that each can be made again on its own."""
     files = model_files(args)
+    if args.prompt is None:
+        prompts = read_prompt_file(args)  # before the models, which take longer to load than a mistake to show
+        draw_prompt_file(prompts, args, _load_drawing(args, files))
+        return
+    require_one_process()
     paths = _output_paths(args.output, args.prompt)
+    drawing = _load_drawing(args, files)
+    args.seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    for prompt, path in zip(args.prompt, paths, strict=True):
+        try:
+            drawing.draw(prompt, args, path)
+        except OSError as error:
+            raise OSError(f"{error}. Older files are whole; --seed {args.seed} draws the picture again") from error
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """The loaded model, and what all pictures of a command start from."""
+
+    pipe: SanaPipeline
+    files: dict[str, Path]  # of the model
+    source: dict[str, Image.Image]  # by the pipeline's names for them
+
+    def draw(self, prompt: str, args: argparse.Namespace, path: Path) -> None:
+        """Draw one picture, write it and tell its path. Raises what the pipeline raises, and OSError."""
+        logger.info("seed %d: %s", args.seed, prompt)
+        (picture,) = self.pipe(
+            prompt,
+            height=args.height,
+            width=args.width,
+            vae_tiling=VAE_TILING[args.vae_tiling],  # not among the settings: the picture does not depend on it
+            **self.source,
+            **_settings(args, self.pipe),
+        )
+        write_png(picture, path, self.notes(prompt, args, picture.size))
+        sys.stdout.write(f"{path}\n")
+
+    def notes(self, prompt: str, args: argparse.Namespace, size: tuple[int, int]) -> dict:
+        """What the file of a picture (width, height) says about it: all that it depends on."""
+        names = {name: path.name for name, path in _source_paths(args).items()}
+        sides = dict(zip(("width", "height"), size, strict=True))
+        return {
+            "prompt": prompt,
+            **names,
+            **_settings(args, self.pipe),
+            **sides,
+            "models": _names(self.files),
+            **_loras(args),
+        }
+
+
+def _load_drawing(args: argparse.Namespace, files: dict[str, Path]) -> Drawing:
     source = {name: Image.open(path) for name, path in _source_paths(args).items()}
+    args.device = own_device(args.device)
     pipe = load_pipeline(args, files)
     for path, strength in args.lora:
         pipe.load_lora(path, strength)
-    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    settings = _settings(args, pipe) | {"seed": seed}
-    names = {name: path.name for name, path in _source_paths(args).items()}
-    vae_tiling = VAE_TILING[args.vae_tiling]  # not among the settings: the picture does not depend on it
-    for prompt, path in zip(args.prompt, paths, strict=True):
-        logger.info("seed %d: %s", seed, prompt)
-        (picture,) = pipe(prompt, height=args.height, width=args.width, vae_tiling=vae_tiling, **source, **settings)
-        size = {"width": picture.width, "height": picture.height}
-        notes = {"prompt": prompt, **names, **settings, **size, "models": _names(files), **_loras(args)}
-        try:
-            write_png(picture, path, notes)
-        except OSError as error:
-            raise OSError(f"{error}. Older files are whole; --seed {seed} draws the picture again") from error
-        sys.stdout.write(f"{path}\n")
+    return Drawing(pipe, files, source)
 
 
 def _source_paths(args: argparse.Namespace) -> dict[str, Path]:
@@ -115,6 +164,7 @@ def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
         "num_inference_steps": pipe.default_steps if args.steps is None else args.steps,
         "guidance_scale": args.guidance_scale,
         "complex_human_instruction": args.instruction,
+        "seed": args.seed,
     }
     if args.strength is not None:
         settings["strength"] = args.strength

@@ -14,6 +14,7 @@ NODE_IDS = {  # never change once released
     "SanaLoraLoader",
     "SanaDownloadModel",
     "SanaPromptEncode",
+    "SanaPromptsFromFile",
     "SanaEmptyLatent",
     "SanaResolution",
     "SanaDCAEEncode",
