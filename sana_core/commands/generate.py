@@ -13,6 +13,7 @@ from ..pictures import write_png
 from ..pipeline import SanaPipeline
 from ..sampler.flow import SAMPLERS
 from ..sampler.guidance import PAG_OFF, parse_layers
+from ..styles import NO_STYLE, STYLES, apply_style
 from .models import add_model_options, load_pipeline, model_files
 
 logger = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ def add_parser(commands) -> None:
     add = parser.add_argument
     add("--prompt", action="append", required=True, help="what to draw; repeat the option for more pictures")
     add("--negative-prompt", default="", help="what to keep away from; not for Sprint")
+    add("--style", choices=list(STYLES), default=NO_STYLE, help="words of the official demo for prompt and negative")
     add("--image", type=Path, help="a picture to start from, scaled and cut to the size")
     add("--mask", type=Path, help="a picture, white where --image is to be drawn anew; the rest of it stays")
     add(
@@ -92,11 +94,12 @@ def generate(args: argparse.Namespace) -> None:
     settings = _settings(args, pipe) | {"seed": seed}
     names = {name: path.name for name, path in _source_paths(args).items()}
     vae_tiling = VAE_TILING[args.vae_tiling]  # not among the settings: the picture does not depend on it
-    for prompt, path in zip(args.prompt, paths, strict=True):
+    for text, path in zip(args.prompt, paths, strict=True):
+        prompt, _ = apply_style(args.style, text)
         logger.info("seed %d: %s", seed, prompt)
         (picture,) = pipe(prompt, height=args.height, width=args.width, vae_tiling=vae_tiling, **source, **settings)
         size = {"width": picture.width, "height": picture.height}
-        notes = {"prompt": prompt, **names, **settings, **size, "models": _names(files), **_loras(args)}
+        notes = {"prompt": prompt, **names, **settings, **size, "models": _names(files), **_additions(args)}
         try:
             write_png(picture, path, notes)
         except OSError as error:
@@ -122,7 +125,8 @@ def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
         given = {"negative_prompt": args.negative_prompt, "shift": args.shift, **_guidance(args)}
         return settings | {name: value for name, value in given.items() if value and value != PAG_OFF}
     shift = pipe.shift if args.shift is None else args.shift
-    own = {"negative_prompt": args.negative_prompt, "sampler": args.sampler, "shift": shift}
+    _, negative_prompt = apply_style(args.style, "", args.negative_prompt)
+    own = {"negative_prompt": negative_prompt, "sampler": args.sampler, "shift": shift}
     return settings | own | _guidance(args)
 
 
@@ -138,8 +142,10 @@ def _names(files: dict[str, Path]) -> dict[str, str]:
     return {part: path.name for part, path in files.items()}
 
 
-def _loras(args: argparse.Namespace) -> dict[str, list]:
-    return {"loras": [[path.name, strength] for path, strength in args.lora]} if args.lora else {}
+def _additions(args: argparse.Namespace) -> dict:
+    """What was asked for beside the models and the prompt as it stands, which has the style's words in it."""
+    loras = {"loras": [[path.name, strength] for path, strength in args.lora]} if args.lora else {}
+    return loras if args.style == NO_STYLE else {**loras, "style": args.style}
 
 
 def _output_paths(output: Path, prompts: list[str]) -> list[Path]:
