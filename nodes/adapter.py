@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..sana_core.checkpoint import check_weights, config_tensor, read_transformer
+from ..sana_core.checkpoint import check_weights, config_tensor, read_transformer, scaled_layers, without_scales
 from ..sana_core.config import TRANSFORMERS, SanaConfig
 from ..sana_core.finite import require_finite
 from ..sana_core.models.sana import SanaTransformer
@@ -179,9 +179,10 @@ class SanaModelConfig(comfy.supported_models_base.BASE):
         # Sprint has no shift, and takes its timesteps in 0..1.
         self.sampling_settings = {"shift": 1.0, "multiplier": 1.0} if config.guidance_embed else {"shift": config.shift}
         super().__init__({"image_model": "sana", "config": config})
-        # The models that were trained in float16 are safe in it, since they clamp; others overflow.
+        # Core takes the first that the device is fast in. The models that were trained in float16 are safe in it,
+        # since they clamp; others overflow.
         trained_in = [torch.float16] if config.dtype == "float16" else []
-        self.supported_inference_dtypes = [torch.bfloat16, *trained_in, torch.float32]
+        self.supported_inference_dtypes = [*trained_in, torch.bfloat16, torch.float32]
         # An estimate in core's unit from the widest activations, those of the feed-forward: 4 for the 1.6B model.
         self.memory_usage_factor = config.hidden_size * config.mlp_ratio / 1400
 
@@ -210,13 +211,20 @@ def load_model(
     """Load a Sana transformer, a file or a folder, as ComfyUI's MODEL.
 
     variant: name of a preset, where file and shapes cannot tell; None detects it.
-    dtype: of the weights; None lets ComfyUI choose.
+    dtype: of the weights; None lets ComfyUI choose. Layers that the file has in 8 bits with scales stay so.
     disable_dynamic: core's wish for a plain patcher.
     """
-    config, state_dict = read_transformer(path, variant=variant)
+    config, state_dict = read_transformer(path, variant=variant, keep_quantized=True)
     expected = SanaTransformer(config, device="meta").state_dict()
-    check_weights(state_dict, {key: tuple(tensor.shape) for key, tensor in expected.items()}, path)
+    check_weights(without_scales(state_dict), {key: tuple(tensor.shape) for key, tensor in expected.items()}, path)
+    if dtype == torch.float16 and config.dtype != "float16":
+        log.warning("%s was trained in %s and may overflow in float16; dtype auto avoids that", path, config.dtype)
     model_config = SanaModelConfig(config)
+    arguments = (path, variant, dtype)
+    scaled = bool(scaled_layers(state_dict))
+    if scaled:
+        model_config.quant_config = {"mixed_ops": True}  # what core's own detection says of such files
+        dtype = None if dtype is not None and dtype.itemsize == 1 else dtype
     load_device = comfy.model_management.get_torch_device()
     offload_device = comfy.model_management.unet_offload_device()
     supported = model_config.supported_inference_dtypes
@@ -224,9 +232,9 @@ def load_model(
         dtype = comfy.model_management.unet_dtype(
             model_params=comfy.utils.calculate_parameters(state_dict),
             supported_dtypes=supported,
-            weight_dtype=comfy.utils.weight_dtype(state_dict),
+            weight_dtype=None if scaled else comfy.utils.weight_dtype(state_dict),
         )
-    cast_to = comfy.model_management.unet_manual_cast(dtype, load_device, supported)
+    cast_to = comfy.model_management.unet_manual_cast(None if scaled else dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast_to, device=load_device)
     model = model_config.get_model(state_dict)
     patcher_type = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
@@ -234,5 +242,5 @@ def load_model(
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
-    patcher.cached_patcher_init = (load_model, (path, variant, dtype))
+    patcher.cached_patcher_init = (load_model, arguments)
     return patcher

@@ -4,11 +4,16 @@ import logging
 
 from comfy.text_encoders.pixeldit import PixelDiTGemma2Tokenizer
 from comfy_api.latest import io
+from server import PromptServer
 
-from ..sana_core.text import CHI
+from ..sana_core.styles import NO_STYLE, STYLES, apply_style
+from ..sana_core.text import CHI, Tokenizer, Tokens, instruction_text
 from .clip import PromptTokenizer
 
 log = logging.getLogger(__name__)
+
+NEGATIVE = " (negative)"  # after a style's name: the words that it keeps away from
+_STYLES = [*STYLES, *(name + NEGATIVE for name, style in STYLES.items() if style.negative)]
 
 
 class SanaPromptEncode(io.ComfyNode):
@@ -34,7 +39,7 @@ class SanaPromptEncode(io.ComfyNode):
                     multiline=True,
                     dynamic_prompts=True,
                     tooltip="What the picture shall show, in English, Chinese or emoji. About 300 tokens count; what "
-                    "exceeds them is left out, and the log says where. Empty is the null caption.",
+                    "exceeds them is left out, and the node says where. Empty is the null caption.",
                 ),
                 io.Boolean.Input(
                     "use_instruction",
@@ -52,22 +57,34 @@ class SanaPromptEncode(io.ComfyNode):
                     tooltip="The instruction. The default is the official text, which the models were trained with. It "
                     "ends with a space, which the text follows.",
                 ),
+                io.Combo.Input(
+                    "style",
+                    options=_STYLES,
+                    default=NO_STYLE,
+                    optional=True,
+                    tooltip="Words of the official demo around the text. For the negative prompt choose the same style "
+                    "with (negative): it puts what the style avoids before the text.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output("conditioning", display_name="CONDITIONING", tooltip="The encoded prompt.")
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, clip, text, use_instruction=True, instruction=CHI) -> io.NodeOutput:
-        """A conditioning [1, 300, C] with its attention mask."""
+    def execute(cls, clip, text, use_instruction=True, instruction=CHI, style=NO_STYLE) -> io.NodeOutput:
+        """A conditioning [1, 300, C] with its attention mask. Raises ValueError for a CLIP that is no Gemma-2."""
         chi = instruction if use_instruction and instruction.strip() else False
-        return io.NodeOutput(_encode(clip, text, chi))
+        tokens, sequence = _tokenize(clip, _styled(style, text), chi)
+        _show(sequence, cls.hidden)
+        return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens))
 
 
-def _encode(clip, text: str, chi: str | bool):
+def _tokenize(clip, text: str, chi: str | bool) -> tuple[dict, Tokens]:
+    """Tokens as the CLIP wants them, and as we count them."""
     if isinstance(clip.tokenizer, PromptTokenizer):
-        return clip.encode_from_tokens_scheduled(clip.tokenize(text, chi=chi))
+        return clip.tokenize(text, chi=chi), clip.tokenizer.tokenizer.tokenize(text, instruction_text(chi))
     if not isinstance(clip.tokenizer, PixelDiTGemma2Tokenizer):
         raise ValueError(
             f"This CLIP is no Gemma-2 as Sana uses it (its tokenizer is {type(clip.tokenizer).__name__}). Connect "
@@ -79,4 +96,21 @@ def _encode(clip, text: str, chi: str | bool):
             "can leave it out or change it.",
             text[:40],
         )
-    return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+    tokenizer = Tokenizer(clip.tokenizer.gemma2_2b.tokenizer.tokenizer.serialized_model_proto())
+    return clip.tokenize(text), tokenizer.tokenize(text, CHI)
+
+
+def _styled(choice: str, text: str) -> str:
+    """The text with the words of a style, or, where the choice is for the negative prompt, with what it avoids."""
+    name = choice.removesuffix(NEGATIVE)
+    prompt, negative = apply_style(name, text, text)
+    return prompt if name == choice else negative
+
+
+def _show(sequence: Tokens, hidden) -> None:
+    """Write on the node how long the text is, and what was left out of it, where a front end listens."""
+    server = getattr(PromptServer, "instance", None)
+    if server is None or hidden is None:
+        return
+    warning = f"\n\N{WARNING SIGN} {sequence.warning}" if sequence.warning else ""
+    server.send_progress_text(f"{sequence.count}{warning}", hidden.unique_id)

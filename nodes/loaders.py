@@ -16,6 +16,7 @@ _DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
     "fp8_e4m3fn": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
 }
 _WIDE = [AUTO, "bfloat16", "float32"]  # Gemma-2 and DC-AE overflow in float16
 
@@ -57,8 +58,9 @@ class SanaDiffusionModelLoader(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     advanced=True,
-                    tooltip="Number format of the weights. auto fits the device. float16 is only for models that were "
-                    "trained in it; fp8_e4m3fn halves the memory and costs quality.",
+                    tooltip="Number format of the weights. auto is the one that the model was trained in, float32 on "
+                    "a CPU. float16 is only for models that were trained in it; fp8 halves the memory and costs "
+                    "quality, fp8_e5m2 more than fp8_e4m3fn.",
                 ),
             ],
             outputs=[io.Model.Output("model", display_name="MODEL", tooltip="For Sana Sampler, KSampler and others.")],

@@ -27,7 +27,7 @@ LOWEST = {"config", "kernels"}
 MIDDLE = LOWEST | {"models"}
 UPPER = MIDDLE | {
     "autoencoder", "captions", "checkpoint", "finite", "hub", "pictures", "published", "resolution", "sampler",
-    "sampling", "source", "text",
+    "sampling", "source", "styles", "text",
 }  # fmt: skip
 MAY_IMPORT = {
     "autoencoder": {"finite", "models"},
@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "sampler": set(),  # a sampler receives a callable, never a model class
     "sampling": {"captions", "finite", "models", "sampler"},
     "source": {"autoencoder", "finite", "models", "pictures", "sampler"},
+    "styles": set(),
     "text": {"config"},
     "checkpoint": MIDDLE | {"text"},  # load_text_encoder builds text.TextEncoder
     "pipeline": UPPER,
@@ -54,7 +55,10 @@ MAY_IMPORT = {
 }
 CORE = sorted((ROOT / "sana_core").rglob("*.py"))
 PACK = [ROOT / "__init__.py", *sorted((ROOT / "nodes").rglob("*.py")), *CORE]
-SOURCES = [*PACK, *(path for folder in ("scripts", "tests") for path in sorted((ROOT / folder).rglob("*.py")))]
+SOURCES = [
+    *PACK,
+    *(path for folder in ("benchmarks", "scripts", "tests") for path in sorted((ROOT / folder).rglob("*.py"))),
+]
 
 
 def name_of(path):

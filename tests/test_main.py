@@ -7,12 +7,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import Gemma2Model
 
 from sana_core import SanaPipeline
 from sana_core.__main__ import main
 from sana_core.checkpoint import load_dc_ae, load_transformer, read_state_dict, save_transformer
 from sana_core.commands.models import NANO_FILES
 from sana_core.pictures import write_png
+from sana_core.styles import apply_style
 from tests import loras, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +88,47 @@ def test_metadata_is_enough_to_draw_the_picture_again(model_options, files, tmp_
     (again,) = SanaPipeline.from_files(**files, device="cpu")(**settings)
     with Image.open(output) as picture:
         assert picture.tobytes() == again.tobytes()
+
+
+def test_a_style_is_applied_to_both_prompts_and_noted(model_options, files, tmp_path, capsys):
+    output = tmp_path / "out.png"
+    command = ["generate", *model_options, "--prompt", "a cat", "--seed", "3", "--output", str(output)]
+    assert main([*command, "--negative-prompt", "blurry", "--style", "Pixel art"]) == 0
+    notes = metadata_of(output)
+    assert notes["style"] == "Pixel art"
+    prompt, negative = apply_style("Pixel art", "a cat", "blurry")
+    assert (notes["prompt"], notes["negative_prompt"]) == (prompt, negative)
+    pipe = SanaPipeline.from_files(**files, device="cpu")
+    (expected,) = pipe(prompt, negative, num_inference_steps=2, seed=3)
+    with Image.open(output) as picture:
+        assert picture.tobytes() == expected.tobytes()
+
+
+def test_sprint_takes_a_style_for_its_only_prompt(model_options, tiny_models, tmp_path, capsys):
+    output = tmp_path / "out.png"
+    model_options[model_options.index("--transformer") + 1] = str(
+        tiny_models / "diffusion_models" / "sprint.safetensors"
+    )
+    command = ["generate", *model_options, "--prompt", "a cat", "--style", "Manga", "--output", str(output)]
+    assert main(command) == 0, capsys.readouterr().err
+    notes = metadata_of(output)
+    assert notes["prompt"] == apply_style("Manga", "a cat")[0] and "negative_prompt" not in notes
+
+
+def test_a_negative_prompt_is_encoded_once_for_all_prompts(model_options, tmp_path, monkeypatch, capsys):
+    calls = []
+    forward = Gemma2Model.forward
+    monkeypatch.setattr(Gemma2Model, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    prompts = [word for prompt in ("a cat", "the sea", "a cat") for word in ("--prompt", prompt)]
+    assert main(["generate", *model_options, *prompts, "--negative-prompt", "blurry", "--output", str(tmp_path)]) == 0
+    assert len(calls) == 3, "two prompts and one negative prompt"
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_a_warning(model_options, tmp_path, caplog, capsys):
+    prompt = " ".join(f"word{number}" for number in range(200))
+    assert main(["generate", *model_options, "--prompt", prompt, "--output", str(tmp_path)]) == 0
+    (warning,) = (record for record in caplog.records if record.levelname == "WARNING")
+    assert "the text encoder takes 299" in warning.getMessage() and "was left out, from" in warning.getMessage()
 
 
 def test_loras_are_added_and_noted(model_options, files, tmp_path, capsys):

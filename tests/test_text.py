@@ -10,7 +10,7 @@ import torch
 from diffusers import SanaPipeline
 from transformers import BatchEncoding, Gemma2Model
 
-from sana_core.text import CHI, TextEncoder, Tokenizer, select_positions
+from sana_core.text import CHI, CaptionCache, TextEncoder, Tokenizer, select_positions
 from tests import tiny
 
 SENTENCES = (*CHI.split("\n"), *tiny.SENTENCES, "a photo of the moon over the sea at night")
@@ -186,6 +186,8 @@ def test_long_prompt_is_cut_with_a_warning_that_says_where(chi, caplog):
     with caplog.at_level(logging.WARNING, logger="sana_core.text"):
         embeds, mask = encoder().encode(" ".join(words), chi=chi)
     assert f'"...{row.kept_text[-40:]}"' in caplog.text and f"{row.prompt_tokens} tokens" in caplog.text
+    assert f'from "{row.cut_text[:40]}" on' in caplog.text
+    assert "".join((row.kept_text + row.cut_text).split()) == "".join(words)
     assert mask.sum() == 300
     again, _ = encoder().encode(" ".join([*words, "and more"]), chi=chi)
     assert torch.equal(embeds, again)
@@ -206,6 +208,70 @@ def test_prompt_of_299_tokens_is_whole(chi, caplog):
 def test_cut_inside_a_character_leaves_no_broken_text():
     (row,) = encoder().tokenize("x" + "🐼" * 200, chi=False)  # 1 + 4 bytes each: the cut falls within one
     assert row.kept_text == "x" + "🐼" * 74
+
+
+def test_count_is_of_the_prompt_alone():
+    tokens = len(tokenizer().encode("a red cat")) - 1
+    assert encoder().tokenize("a red cat", chi=False)[0].count == f"{tokens} of 299 tokens"
+    assert encoder().tokenize(" a red cat", chi=True)[0].count == f"{tokens} of 299 tokens"
+    assert encoder().tokenize("", chi=True)[0].count == "0 of 299 tokens"
+
+
+@pytest.fixture
+def calls():
+    """Rows that Gemma read, one entry a forward call."""
+    rows = []
+    hook = encoder().model.register_forward_hook(
+        lambda module, args, kwargs, output: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    yield rows
+    hook.remove()
+
+
+def test_cache_encodes_a_text_once(calls):
+    cached = CaptionCache(encoder())
+    first = cached.encode(["a red cat", "", "a red cat"])
+    assert calls == [1, 1]
+    again = cached.encode([" a red cat\n", "  ", "a red cat"])
+    assert calls == [1, 1]
+    for one, other, expected in zip(first, again, encoder().encode(["a red cat", "", "a red cat"]), strict=True):
+        assert torch.equal(one, other) and torch.allclose(one.float(), expected.float(), rtol=0, atol=1e-5)
+    embeds, mask = cached.encode("a red cat")
+    assert torch.equal(embeds, encoder().encode("a red cat")[0]) and torch.equal(mask, encoder().encode("a red cat")[1])
+
+
+def test_cache_tells_instructions_apart(calls):
+    cached = CaptionCache(encoder())
+    rows = [cached.encode("a red cat", chi=chi)[0] for chi in (True, False, "Draw: ", CHI)]
+    assert len(calls) == 3 and torch.equal(rows[0], rows[3])
+    assert not torch.equal(rows[0], rows[1]) and not torch.equal(rows[1], rows[2])
+    cached.encode("", chi=True), cached.encode("", chi=False)
+    assert len(calls) == 4, "an empty prompt has no instruction"
+
+
+def test_cache_forgets_the_text_that_was_not_asked_for_longest(calls):
+    cached = CaptionCache(encoder(), size=2)
+    for prompt in ("a cat", "the sea", "a cat", "a photo", "a cat"):
+        cached.encode(prompt)
+    assert len(calls) == 3
+    cached.encode("the sea")
+    assert len(calls) == 4
+
+
+def test_cache_survives_what_a_caller_does_to_its_features(calls):
+    cached = CaptionCache(encoder())
+    embeds, mask = cached.encode("a cat")
+    expected = embeds.clone()
+    embeds.zero_(), mask.zero_()
+    assert torch.equal(cached.encode("a cat")[0], expected) and len(calls) == 1
+
+
+def test_cache_is_empty_after_a_move(calls):
+    cached = CaptionCache(encoder())
+    cached.encode("a cat")
+    assert cached.to("cpu") is cached
+    cached.encode("a cat")
+    assert len(calls) == 2
 
 
 def test_float16_is_refused():

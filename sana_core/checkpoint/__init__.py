@@ -11,6 +11,7 @@ from .files import CheckpointError, read_state_dict
 from .gemma import load_text_encoder, save_text_encoder
 from .keys import convert_dc_ae, convert_transformer
 from .lora import Lora, convert_lora, read_lora
+from .quantization import scaled_layers, without_scales
 from .weights import (
     check_weights,
     load_dc_ae,
@@ -46,5 +47,7 @@ __all__ = [
     "save_dc_ae",
     "save_text_encoder",
     "save_transformer",
+    "scaled_layers",
     "strip_prefix",
+    "without_scales",
 ]

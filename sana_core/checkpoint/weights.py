@@ -17,6 +17,7 @@ from .detection import detect_dc_ae, detect_transformer
 from .families import DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_prefix
 from .files import CheckpointError, Source, StateDict, locate_weights, read_files, write_json, write_safetensors
 from .keys import dc_ae_rules, iterate_dc_ae, iterate_transformer, official_to_diffusers, transformer_rules
+from .quantization import dequantize, with_formats
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +27,7 @@ DIFFUSERS_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def read_transformer(
-    path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None
+    path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None, keep_quantized: bool = False
 ) -> tuple[SanaConfig, StateDict]:
     """Configuration and weights, under the official keys, of a file or folder in any layout.
 
@@ -35,21 +36,33 @@ def read_transformer(
             repository.
         variant: a preset's name, for what shapes cannot tell.
         dtype: to cast the weights to, and of which to read the files where a folder has several precisions.
+        keep_quantized: leave the linear layers of an official file that has them in 8 bits with scales as they are,
+            with their scales and formats beside the weights (see `quantization`); else they become bfloat16.
 
     Raises:
-        CheckpointError: see `detect_transformer`.
+        CheckpointError: see `detect_transformer` and `quantization.dequantize`.
     """
     source = locate_weights(path, ("transformer", "checkpoints"), dtype)
-    return _read(source, TRANSFORMER_ANCHORS, detect_transformer, iterate_transformer, variant, dtype)
+    return _read(source, TRANSFORMER_ANCHORS, detect_transformer, iterate_transformer, variant, dtype, keep_quantized)
 
 
-def _read(source: Source, anchors: dict[str, str], detect, iterate, variant: str | None, dtype: torch.dtype | None):
+def _read(
+    source: Source,
+    anchors: dict[str, str],
+    detect,
+    iterate,
+    variant: str | None,
+    dtype: torch.dtype | None,
+    keep_quantized: bool = False,
+):
     state_dict, metadata = read_files(source.files)
-    state_dict = strip_prefix(state_dict, anchors.values())
+    state_dict = strip_prefix(with_formats(state_dict, metadata), anchors.values())
     config, layout, reason = detect(
         state_dict, variant=variant, metadata=metadata, config_json=source.config, path=source.files[0]
     )
     logger.info("%s: %s (%s layout)", source.path, reason, layout)
+    # Diffusers cuts fused layers, whose parts have scales of their own.
+    dequantize(state_dict, source.path, keep_linear=keep_quantized and layout == "official")
     return config, {key: cast_weight(tensor, "cpu", dtype) for key, tensor in iterate(state_dict, layout)}
 
 

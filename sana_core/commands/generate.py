@@ -14,6 +14,7 @@ from ..pictures import write_png
 from ..pipeline import SanaPipeline
 from ..sampler.flow import SAMPLERS
 from ..sampler.guidance import PAG_OFF, parse_layers
+from ..styles import NO_STYLE, STYLES, apply_style
 from .batch import add_file_options, draw_prompt_file, read_prompt_file
 from .models import add_model_options, load_pipeline, model_files
 from .ranks import own_device, require_one_process
@@ -36,6 +37,7 @@ def add_parser(commands) -> None:
     source.add_argument("--prompt", action="append", help="what to draw; repeat the option for more pictures")
     add_file_options(source)
     add("--negative-prompt", default="", help="what to keep away from; not for Sprint")
+    add("--style", choices=list(STYLES), default=NO_STYLE, help="words of the official demo for prompt and negative")
     add("--image", type=Path, help="a picture to start from, scaled and cut to the size")
     add("--mask", type=Path, help="a picture, white where --image is to be drawn anew; the rest of it stays")
     add(
@@ -118,9 +120,10 @@ class Drawing:
 
     def draw(self, prompt: str, args: argparse.Namespace, path: Path) -> None:
         """Draw one picture, write it and tell its path. Raises what the pipeline raises, and OSError."""
-        logger.info("seed %d: %s", args.seed, prompt)
+        styled, _ = apply_style(args.style, prompt)
+        logger.info("seed %d: %s", args.seed, styled)
         (picture,) = self.pipe(
-            prompt,
+            styled,
             height=args.height,
             width=args.width,
             vae_tiling=VAE_TILING[args.vae_tiling],  # not among the settings: the picture does not depend on it
@@ -135,12 +138,12 @@ class Drawing:
         names = {name: path.name for name, path in _source_paths(args).items()}
         sides = dict(zip(("width", "height"), size, strict=True))
         return {
-            "prompt": prompt,
+            "prompt": apply_style(args.style, prompt)[0],
             **names,
             **_settings(args, self.pipe),
             **sides,
             "models": _names(self.files),
-            **_loras(args),
+            **_additions(args),
         }
 
 
@@ -172,7 +175,8 @@ def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
         given = {"negative_prompt": args.negative_prompt, "shift": args.shift, **_guidance(args)}
         return settings | {name: value for name, value in given.items() if value and value != PAG_OFF}
     shift = pipe.shift if args.shift is None else args.shift
-    own = {"negative_prompt": args.negative_prompt, "sampler": args.sampler, "shift": shift}
+    _, negative_prompt = apply_style(args.style, "", args.negative_prompt)
+    own = {"negative_prompt": negative_prompt, "sampler": args.sampler, "shift": shift}
     return settings | own | _guidance(args)
 
 
@@ -188,8 +192,10 @@ def _names(files: dict[str, Path]) -> dict[str, str]:
     return {part: path.name for part, path in files.items()}
 
 
-def _loras(args: argparse.Namespace) -> dict[str, list]:
-    return {"loras": [[path.name, strength] for path, strength in args.lora]} if args.lora else {}
+def _additions(args: argparse.Namespace) -> dict:
+    """What was asked for beside the models and the prompt as it stands, which has the style's words in it."""
+    loras = {"loras": [[path.name, strength] for path, strength in args.lora]} if args.lora else {}
+    return loras if args.style == NO_STYLE else {**loras, "style": args.style}
 
 
 def _output_paths(output: Path, prompts: list[str]) -> list[Path]:

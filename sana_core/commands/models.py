@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from ..pipeline import SanaPipeline
+from ..text import CaptionCache
 
 NANO = Path(__file__).parents[2] / "models"  # the small model that ships with the pack
 NANO_FILES = {
@@ -44,11 +45,17 @@ def model_files(args: argparse.Namespace) -> dict[str, Path]:
 
 
 def load_pipeline(args: argparse.Namespace, files: dict[str, Path]) -> SanaPipeline:
-    """The pipeline of `model_files`, where and in the dtype that the options say."""
+    """The pipeline of `model_files`, where and in the dtype that the options say.
+
+    It encodes a text that returns, such as the negative prompt of many pictures, only once.
+    """
     options = {"variant": args.variant, "device": args.device, "dtype": DTYPES.get(args.dtype)}
     if "model" in files:
-        return SanaPipeline.from_pretrained(files["model"], **options)
-    return SanaPipeline.from_files(**files, **options)
+        pipe = SanaPipeline.from_pretrained(files["model"], **options)
+    else:
+        pipe = SanaPipeline.from_files(**files, **options)
+    pipe.text_encoder = CaptionCache(pipe.text_encoder)  # no command changes the encoder's weights
+    return pipe
 
 
 def _device(name: str) -> torch.device:

@@ -30,6 +30,8 @@ class Run:
     error: dict | None = None  # of execution_error
     interrupted: bool = False
     progress: list[int] = field(default_factory=list)
+    ran: list[str] = field(default_factory=list)  # ids of the nodes that no cache spared
+    texts: dict[str, str] = field(default_factory=dict)  # node id -> what is written on it
 
 
 class Refused(Exception):
@@ -102,7 +104,11 @@ class Server:
                 run = Run()
                 async for message in websocket:
                     if message.type == aiohttp.WSMsgType.BINARY:
-                        run.previews += int.from_bytes(message.data[:4], "big") in (1, 4)
+                        kind, content = int.from_bytes(message.data[:4], "big"), message.data[4:]
+                        run.previews += kind in (1, 4)
+                        if kind == 3:
+                            end = 4 + int.from_bytes(content[:4], "big")
+                            run.texts[content[4:end].decode()] = content[end:].decode()
                         continue
                     event = json.loads(message.data)
                     data = event.get("data", {})
@@ -122,6 +128,8 @@ class Server:
                         return run
                     elif event["type"] == "executing" and data["node"] is None:
                         return run
+                    elif event["type"] == "executing":
+                        run.ran.append(data["node"])
         raise ConnectionError("the websocket was closed before the workflow ended")
 
     def images(self, run: Run) -> list[Image.Image]:

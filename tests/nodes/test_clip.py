@@ -86,47 +86,6 @@ def test_other_clips_are_refused(part, comfy, encode):
         part("nodes.clip").GemmaEncoder(tiny.text_encoder()).encode_token_weights({"l": [], "g": []})
 
 
-@pytest.fixture
-def core_clip(comfy):
-    """What core's CLIPLoader makes for type pixeldit, with a Gemma-2 of tiny sizes."""
-    from comfy.supported_models_base import ClipTarget
-    from comfy.text_encoders.pixeldit import PixelDiTGemma2Tokenizer, pixeldit_te
-
-    sizes = {
-        "vocab_size": len(tiny.tokenizer()),
-        "hidden_size": tiny.CHANNELS,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-        "num_key_value_heads": 1,
-    }
-    spiece = torch.frombuffer(bytearray(tiny.tokenizer().model), dtype=torch.uint8)
-    clip = comfy.sd.CLIP(
-        ClipTarget(PixelDiTGemma2Tokenizer, pixeldit_te()),
-        tokenizer_data={"spiece_model": spiece},
-        model_options={"gemma2_2b_model_config": sizes, "dtype": torch.float32},
-    )
-    tiny.filled(clip.cond_stage_model)
-    return clip
-
-
-def test_core_pixeldit_clip_is_accepted(part, core_clip, encode, tiny_models, caplog):
-    positive, negative = encode(core_clip, PROMPT), encode(core_clip, "", False)
-    assert "official instruction" not in caplog.text
-    model = part("nodes.adapter").load_model(tiny_models / "diffusion_models" / "tiny.safetensors")
-    latent = {"samples": torch.zeros(1, 32, 2, 2), "downscale_ratio_spacial": 32}
-    sampler = part("nodes.sampling").SanaSampler
-    with torch.inference_mode():
-        (sampled,) = sampler.execute(model, positive, negative, latent, 1, 2, 4.5, "flow_dpm-solver").result
-    assert positive[0][0].shape == (1, 300, tiny.CHANNELS)
-    assert sampled["samples"].isfinite().all() and sampled["samples"].std() > 0
-
-
-def test_core_pixeldit_clip_cannot_leave_the_instruction_out(core_clip, encode, caplog):
-    encode(core_clip, PROMPT, False)
-    assert "always puts the official instruction" in caplog.text
-
-
 @pytest.mark.parametrize(
     "flag, expected", [("fp16_text_enc", torch.float32), ("bf16_text_enc", torch.bfloat16), (None, torch.float32)]
 )
@@ -163,3 +122,43 @@ def test_core_can_make_a_fresh_copy(clip):
 
 def test_memory_estimate_covers_a_layer(clip):
     assert clip.cond_stage_model.memory_estimation_function({}) > 640 * tiny.CHANNELS * 4
+
+
+def loaded_clips(comfy, clip):
+    return [entry for entry in comfy.model_management.current_loaded_models if entry.model is clip.patcher]
+
+
+def test_the_manager_unloads_it_for_another_model_and_loads_it_again(part, path, comfy, tiny_models):
+    clip = part("nodes.clip").load_clip(path)
+    expected = stock_encode(clip, PROMPT)[0][0]
+    assert loaded_clips(comfy, clip), "encoding must go through ComfyUI's memory management"
+    comfy.model_management.free_memory(1e30, clip.patcher.load_device)
+    assert not loaded_clips(comfy, clip)
+    assert torch.equal(stock_encode(clip, PROMPT)[0][0], expected)
+    assert loaded_clips(comfy, clip)
+
+
+def test_it_goes_to_the_offload_device_whole(part, path, comfy, monkeypatch):
+    """A second device that any machine has: the moves to it are recorded, not made."""
+    management = comfy.model_management
+    patcher = part("nodes.clip").load_clip(path).patcher
+    assert patcher.offload_device == management.text_encoder_offload_device() == torch.device("cpu")
+    patcher.load_device = torch.device("meta")
+    moves = []
+    monkeypatch.setattr(patcher.model, "to", lambda device: moves.append(torch.device(device)))
+    loaded = management.LoadedModel(patcher)
+    loaded.model_load(lowvram_model_memory=1)
+    assert moves == [torch.device("meta")] and patcher.loaded_size() == patcher.model_size()
+    assert loaded.model_unload(memory_to_free=1), "a part would do, but it leaves as a whole"
+    assert moves == [torch.device("meta"), torch.device("cpu")]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_it_leaves_and_comes_back(part, path, comfy, monkeypatch):
+    clip = part("nodes.clip").load_clip(path)
+    clip.patcher.load_device = torch.device("cuda", 0)
+    expected = stock_encode(clip, PROMPT)[0][0]
+    assert clip.cond_stage_model.encoder.device.type == "cuda"
+    comfy.model_management.free_memory(1e30, clip.patcher.load_device)
+    assert clip.cond_stage_model.encoder.device.type == "cpu"
+    assert torch.equal(stock_encode(clip, PROMPT)[0][0], expected)
