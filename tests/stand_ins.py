@@ -29,6 +29,11 @@ def make(workflow: dict, models: Path, inputs: Path) -> None:
             _make_picture(inputs / node["inputs"]["image"])
 
 
+def ships_with_the_pack(workflow: dict) -> bool:
+    """Whether the workflow draws with sana-nano, in its own size."""
+    return not any(value in list(FILES) for node in workflow.values() for value in node["inputs"].values())
+
+
 def shrink(workflow: dict) -> None:
     """A size that tiny weights draw in no time, wherever the workflow names one."""
     for node in workflow.values():
