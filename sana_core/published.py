@@ -38,6 +38,11 @@ class PublishedFile:
         """Where a person reads about it and accepts its licence."""
         return f"{HUB}/{self.repository}"
 
+    @property
+    def url(self) -> str:
+        """The file itself."""
+        return f"{self.page}/resolve/main/{self.path}"
+
 
 # The diffusers twin is chosen where it has one file in the precision that the model was trained in: half the official
 # file's bytes, and no pickle. The twin of the 4.8B model comes in shards, those of the teachers were not seen.

@@ -39,31 +39,33 @@ while licence files in some of the repositories say Apache-2.0: read the page of
 
 GROUPS = [  # title, colour, nodes by their title in the API file; one column each, from the left
     (
-        "1. Models",
+        "Models",
         "#3f789e",
         ["Transformer", "LoRA", "Perturbed attention", "ControlNet", "Text encoder", "Autoencoder"],
     ),
-    ("2. What to draw", "#8a8", ["Prompts", "Prompt", "Negative prompt", "Size"]),
+    ("What to draw", "#8a8", ["Prompts", "Prompt", "Negative prompt", "Size"]),
     (
-        "3. What to start from",
+        "What to start from",
         "#a86",
         ["Image", "Scale the image", "Scale the mask", "Encode", "Draw anew", "Apply ControlNet"],
     ),
-    ("4. Draw it", "#b06634", ["Sampler"]),
-    ("5. The picture", "#88a", ["Decode", "Keep the rest", "Picture"]),
+    ("Draw it", "#b06634", ["Sampler"]),
+    ("The picture", "#88a", ["Decode", "Keep the rest", "Picture"]),
 ]
 
 # Places the nodes of an API workflow in columns, one group each, and returns the graph as the front end saves it.
 LAY_OUT = """
 async ({ name, api, groups, note, models, id }) => {
   const GAP = 30, TITLE = LiteGraph.NODE_TITLE_HEIGHT, HEADER = 50, WIDTH = 330;
-  const LEAST_HEIGHT = { SanaPromptEncode: 260, SanaSampler: 520, SaveImage: 400 }; // with room for previews
+  // With room for previews.
+  const LEAST_HEIGHT = { SanaPromptEncode: 260, SanaSampler: 520, SaveImage: 400, LoadImage: 400 };
   await app.loadApiJson(api, name);
   const graph = app.graph;
   const byTitle = new Map(graph.nodes.map((node) => [api[node.id]._meta.title, node]));
   let x = 0;
   groups = groups.map(([title, color, members]) => [title, color, members.filter((member) => byTitle.has(member))]);
-  for (const [title, color, members] of groups.filter(([, , members]) => members.length)) {
+  groups = groups.filter(([, , members]) => members.length);
+  for (const [index, [title, color, members]] of groups.entries()) {
     let y = HEADER + TITLE;
     for (const member of members) {
       const node = byTitle.get(member);
@@ -76,7 +78,7 @@ async ({ name, api, groups, note, models, id }) => {
       if (models[member]) node.properties.models = [models[member]];
       byTitle.delete(member);
     }
-    const group = new LiteGraph.LGraphGroup(title);
+    const group = new LiteGraph.LGraphGroup(`${index + 1}. ${title}`);
     group.color = color;
     group.pos = [x, 0];
     group.size = [WIDTH + 2 * GAP, y - TITLE];
@@ -135,7 +137,7 @@ async def open_front_end(playwright, server):
     browser = await playwright.chromium.launch(
         executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
     )
-    page = await browser.new_page(viewport={"width": 1800, "height": 1000})
+    page = await browser.new_page(viewport={"width": 2400, "height": 1300})
     await page.goto(server.address)
     await page.wait_for_function("window.app?.isGraphReady", timeout=60_000)
     return page
