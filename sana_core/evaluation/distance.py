@@ -38,7 +38,7 @@ def frechet_distance(
     for paths, real in ((pictures, False), (reference, True)):
         for path in paths:
             metric.update(_read(path).to(device), real=real)
-    return float(metric.compute())
+    return max(0.0, float(metric.compute()))  # rounding can leave it just below
 
 
 def _metric(network: Path | nn.Module):

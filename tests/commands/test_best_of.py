@@ -40,6 +40,22 @@ def test_the_best_seed_is_written_and_draws_the_picture_again(scorer, model_opti
     assert "best_of" not in read_metadata(again)
 
 
+def test_a_file_of_prompts_is_resumed(scorer, model_options, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    command = ["generate", *model_options, "--steps", "1", "--txt-file", str(tmp_path / "prompts.txt"), "--seed", "5"]
+    command += ["--scorer", "my_scorer:brightness", "--output", str(tmp_path / "out")]
+    assert main([*command, "--best-of", "3"]) == 0
+    assert len(scorer) == 2
+    (first, second) = sorted((tmp_path / "out").glob("*.png"))
+    assert main([*command, "--best-of", "3"]) == 0
+    assert len(scorer) == 2, "both are there"
+    second.unlink()
+    assert main([*command, "--best-of", "3"]) == 0
+    assert len(scorer) == 3
+    assert main([*command, "--best-of", "2"]) == 0
+    assert len(scorer) == 5, "another choice is another picture"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

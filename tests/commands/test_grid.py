@@ -50,8 +50,8 @@ def test_prompts_vary_between_bars_and_one_seed_serves_all(model_options, tmp_pa
 
 def test_loras_vary_and_each_model_is_loaded_once(model_options, tmp_path, capsys, monkeypatch):
     save_file(loras.flat(loras.factors(tiny.transformer(), ["blocks.1.attn.qkv"])), tmp_path / "style.safetensors")
-    opened, open_pipeline = [], grid.open_pipeline
-    monkeypatch.setattr(grid, "open_pipeline", lambda args: opened.append(args.lora) or open_pipeline(args))
+    opened, load_drawing = [], grid.load_drawing
+    monkeypatch.setattr(grid, "load_drawing", lambda args: opened.append(args.lora) or load_drawing(args))
     path = tmp_path / "style.safetensors"
     axes = ["--x", f"lora={path}:0,{path}:1", "--y", "steps=1,2"]
     common = ["--prompt", "a cat", "--seed", "3", "--output", str(tmp_path / "sheet.png")]
@@ -86,7 +86,7 @@ def test_axes_that_are_none_are_refused_before_anything_is_loaded(axes, message,
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--prompt", "a dog", "--x", "steps=1"], "2 prompts: a grid has one"),
+        (["--prompt", "a dog", "--x", "steps=1"], "a grid has one --prompt"),
         (["--x", "steps=1", "--y", "steps=2"], "--x and --y both vary steps"),
     ],
 )

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from sana_core.evaluation import frechet_distance
+from sana_core.evaluation import distance, frechet_distance
 
 REDS = (10, 20, 30)
 OTHER_REDS = (40, 60, 80)
@@ -37,6 +37,30 @@ def test_distance_of_two_normal_distributions(tmp_path):
     pictures, reference = write(tmp_path / "a", REDS), write(tmp_path / "b", OTHER_REDS)
     assert frechet_distance(pictures, reference, MeanRed()) == pytest.approx(1700, abs=0.01)
     assert frechet_distance(reference, reference, MeanRed()) == pytest.approx(0, abs=0.01)
+
+
+@pytest.mark.slow
+def test_distance_of_inceptions_features(tmp_path, monkeypatch):
+    """For few pictures Tr sqrt(S1 S2) is the sum of the singular values of their centred features' small product."""
+    pytest.importorskip("torchmetrics")
+    fidelity = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    monkeypatch.setattr(fidelity, "load_state_dict_from_url", lambda *_, **__: {})
+    with monkeypatch.context() as random:
+        random.setattr(fidelity.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        inception = fidelity.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).eval()
+    for parameter in inception.parameters():
+        if parameter.ndim > 1:
+            nn.init.kaiming_normal_(parameter)
+    torch.save(inception.state_dict(), tmp_path / "inception.pth")
+    sets = [write(tmp_path / name, reds) for name, reds in (("a", REDS), ("b", OTHER_REDS))]
+
+    features = [torch.cat([inception(distance._read(path))[0].double() for path in paths]) for paths in sets]
+    spread = [(rows - rows.mean(0)) / (len(rows) - 1) ** 0.5 for rows in features]
+    cross = torch.linalg.svdvals(spread[0] @ spread[1].T).sum()
+    means = (features[0].mean(0) - features[1].mean(0)).square().sum()
+    expected = means + spread[0].square().sum() + spread[1].square().sum() - 2 * cross
+    found = frechet_distance(*sets, tmp_path / "inception.pth")
+    assert found == pytest.approx(expected.item(), rel=1e-3)
 
 
 def test_one_picture_has_no_covariance(tmp_path):
