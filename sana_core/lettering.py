@@ -5,6 +5,7 @@ system, character by character.
 """
 
 import logging
+import unicodedata
 from functools import cache
 
 from PIL import Image, ImageDraw, ImageFont
@@ -32,6 +33,8 @@ SYSTEM_FONTS = (  # by file name, which Pillow looks up in the system's font fol
 BITMAP_SIZES = (109, 160)  # the only sizes of Noto's and Apple's emoji
 NO_CHARACTER = "\U0010ffff"  # belongs to no script: every font shows its sign for what it lacks
 INVISIBLE = "\N{VARIATION SELECTOR-16}\N{ZERO WIDTH JOINER}"
+
+_missing_scripts: set[str] = set()  # those that were warned of
 
 
 def wrap_text(text: str, size: int, width: int, lines: int) -> list[str]:
@@ -109,11 +112,14 @@ def _font_of(character: str, size: int) -> ImageFont.FreeTypeFont:
         font = _system_font(name, size)
         if font is not None and _has(font, character):
             return font
-    logger.warning(
-        "no font of this computer has %r: a box stands for it. Noto fonts have nearly all characters; on Debian and "
-        "Ubuntu: apt-get install fonts-noto-cjk fonts-noto-color-emoji",
-        character,
-    )
+    script = unicodedata.name(character, "").split(" ")[0]  # such as CJK, so that a sentence gives one warning
+    if script not in _missing_scripts:
+        _missing_scripts.add(script)
+        logger.warning(
+            "no font of this computer has %r: boxes stand for such letters. Noto fonts have nearly all; on Debian and "
+            "Ubuntu: apt-get install fonts-noto-cjk fonts-noto-color-emoji",
+            character,
+        )
     return own
 
 

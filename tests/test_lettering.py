@@ -18,6 +18,7 @@ NOWHERE = "\U0010fffd"  # for private use, at the very end of Unicode
 def fresh_fonts():
     lettering._font_of.cache_clear()
     lettering._advance.cache_clear()
+    lettering._missing_scripts.clear()
 
 
 def drawn(text, size=20):
@@ -56,6 +57,13 @@ def test_a_letter_of_no_font_is_named_once(caplog):
     with caplog.at_level(logging.WARNING):
         assert (drawn(NOWHERE * 2) < 128).any(), "a box stands for it"
     assert caplog.text.count("no font of this computer has") == 1 and "fonts-noto-cjk" in caplog.text
+
+
+def test_a_sentence_without_a_font_is_one_warning(caplog, monkeypatch):
+    monkeypatch.setattr(lettering, "SYSTEM_FONTS", ())
+    with caplog.at_level(logging.WARNING):
+        text_width("红色背景 and 熊猫", 20)
+    assert caplog.text.count("no font of this computer has") == 1 and "红" in caplog.text
 
 
 def test_text_is_wrapped_between_words():
