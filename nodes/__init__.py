@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from .autoencoder import SanaDCAEDecode, SanaDCAEEncode
 from .conditioning import SanaPromptEncode
 from .download import SanaDownloadModel
+from .grid import SanaXYGrid, SanaXYValues
 from .guidance import SanaPAG
 from .latent import SanaEmptyLatent, SanaResolution
 from .loaders import SanaDCAELoader, SanaDiffusionModelLoader, SanaTextEncoderLoader
@@ -15,6 +16,7 @@ from .lora import SanaLoraLoader
 from .prompts import SanaPromptsFromFile
 from .replacements import register_replacements
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
+from .scoring import SanaPickBest, SanaScorerLoader
 from .sprint import SanaSprintSampler
 
 NODES: list[type[io.ComfyNode]] = [
@@ -34,6 +36,10 @@ NODES: list[type[io.ComfyNode]] = [
     SanaScheduler,
     SanaSprintSampler,
     SanaPAG,
+    SanaScorerLoader,
+    SanaPickBest,
+    SanaXYValues,
+    SanaXYGrid,
 ]
 
 _MODELS = Path(__file__).parents[1] / "models"

@@ -13,6 +13,7 @@ _CLASSES = {
     "diffusion_models": ("SanaTransformer2DModel",),
     "vae": ("AutoencoderDC", "DCAE_HF"),
     "text_encoders": ("Gemma2ForCausalLM", "Gemma2Model"),
+    "clip_vision": ("CLIPModel",),
 }
 
 
@@ -22,9 +23,13 @@ def list_models(kind: str) -> list[str]:
     Shards are left out, since only their folder is a whole model.
     """
     names = folder_paths.get_filename_list(kind)
-    parents = sorted({str(Path(name).parent) for name in names} - {"."})
-    folders = [name for name in parents if _is_model_folder(kind, name)]
-    return [name for name in names if not _SHARD.search(name)] + folders
+    return [name for name in names if not _SHARD.search(name)] + list_model_folders(kind)
+
+
+def list_model_folders(kind: str) -> list[str]:
+    """Names of the sub-folders of ComfyUI's folder `kind` that hold a config.json of such a model."""
+    parents = {str(Path(name).parent) for name in folder_paths.get_filename_list(kind)} - {"."}
+    return [name for name in sorted(parents) if _is_model_folder(kind, name)]
 
 
 def find_model(kind: str, name: str) -> Path:

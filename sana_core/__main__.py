@@ -6,9 +6,15 @@ import sys
 
 import torch
 
-from .commands import convert, download, generate
+from .commands import convert, download, evaluate, generate, grid
 
-COMMANDS = {"generate": generate, "convert": convert, "download": download}
+COMMANDS = {
+    "generate": generate,
+    "grid": grid,
+    "evaluate": evaluate,
+    "convert": convert,
+    "download": download,
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -17,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         args.run(args)
-    except (ValueError, OSError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
     return 0

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import torch
 from einops import rearrange
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 METADATA_KEY = "sana"  # not "prompt", which ComfyUI reads as a graph when the picture is dropped on its canvas
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
@@ -49,6 +50,37 @@ def write_png(picture: Image.Image, path: Path, metadata: dict) -> None:
         raise OSError(error.errno, f"could not write the picture ({error.strerror or error})", str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def open_picture(path: Path) -> Image.Image:
+    """A picture file, read whole. Raises OSError that names the file where it is missing or no picture."""
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+    except UnidentifiedImageError as error:
+        raise OSError(f"{path} is no picture that can be read") from error
+    return picture
+
+
+def read_metadata(path: Path) -> dict:
+    """The settings that `write_png` put into a file. Raises ValueError where there are none."""
+    text = getattr(open_picture(path), "text", {}).get(METADATA_KEY)
+    if text is None:
+        raise ValueError(
+            f"{path} does not say how it was drawn: expected a PNG that `python -m sana_core generate` wrote, with its "
+            f"settings in a {METADATA_KEY!r} chunk. Programs that edit pictures drop it"
+        )
+    return json.loads(text)
+
+
+def list_pictures(folder: Path) -> list[Path]:
+    """The picture files of a folder by name: PNG, JPEG, WebP. Raises FileNotFoundError where there is none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder: expected one with pictures in it")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no picture: expected files ending in {', '.join(PICTURE_SUFFIXES)}")
+    return paths
 
 
 def _luminance(mask: Image.Image) -> Image.Image:

@@ -63,9 +63,7 @@ class Server:
         OUTPUT.mkdir(exist_ok=True)
         with open(self.log, "w") as log:
             # A session of its own: Ctrl-C reaches this process first, which then ends the server in order.
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         return self
 
     def __exit__(self, *_):

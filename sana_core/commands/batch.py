@@ -13,6 +13,7 @@ from PIL import Image
 from ..pictures import METADATA_KEY
 from ..prompts import PromptEntry, PromptFile, read_prompts
 from ..resolution import Size
+from .best_of import as_asked
 from .ranks import gather, own_rank
 
 logger = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ def _is_there(path: Path, notes: dict) -> bool:
     """Whether a file holds the whole of a picture that was drawn with these very settings."""
     try:
         with Image.open(path) as picture:
-            return json.loads(picture.text[METADATA_KEY]) == json.loads(json.dumps(notes))
+            return as_asked(json.loads(picture.text[METADATA_KEY])) == json.loads(json.dumps(notes))
     except FileNotFoundError:
         return False
     except (OSError, ValueError, KeyError, AttributeError) as error:  # no picture, half of one, or none of ours

@@ -16,6 +16,7 @@ from ..sampler.flow import SAMPLERS
 from ..sampler.guidance import PAG_OFF, parse_layers
 from ..styles import NO_STYLE, STYLES, apply_style
 from .batch import add_file_options, draw_prompt_file, read_prompt_file
+from .best_of import Drawer, add_best_of_options, asked_choice, load_drawer
 from .models import add_model_options, load_pipeline, model_files
 from .ranks import own_device, require_one_process
 
@@ -32,6 +33,12 @@ def add_parser(commands) -> None:
         description="Draw a picture of each prompt and write it as PNG, with its settings in the file.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    add_drawing_options(parser)
+    parser.set_defaults(run=generate)
+
+
+def add_drawing_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that `load_drawing` and its drawing read."""
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", action="append", help="what to draw; repeat the option for more pictures")
@@ -88,20 +95,20 @@ def add_parser(commands) -> None:
         default="auto",
         help="decode in tiles, to the same picture in less memory; auto does so when a GPU's memory is short",
     )
+    add_best_of_options(parser)
     add("--verbose", action="store_true", help="say what was loaded, and why so")
-    parser.set_defaults(run=generate)
 
 
 def generate(args: argparse.Namespace) -> None:
     """One picture for each prompt, all with the same seed, so that each can be made again on its own."""
-    files = model_files(args)
+    model_files(args)  # refuses what does not fit before a folder is made
     if args.prompt is None:
         prompts = read_prompt_file(args)  # before the models, which take longer to load than a mistake to show
-        draw_prompt_file(prompts, args, _load_drawing(args, files))
+        draw_prompt_file(prompts, args, load_drawing(args))
         return
     require_one_process()
     paths = _output_paths(args.output, args.prompt)
-    drawing = _load_drawing(args, files)
+    drawing = load_drawing(args)
     args.seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     for prompt, path in zip(args.prompt, paths, strict=True):
         try:
@@ -117,12 +124,13 @@ class Drawing:
     pipe: SanaPipeline
     files: dict[str, Path]  # of the model
     source: dict[str, Image.Image]  # by the pipeline's names for them
+    draw_one: Drawer  # the pipeline, or the best of several of its pictures
 
     def draw(self, prompt: str, args: argparse.Namespace, path: Path) -> None:
         """Draw one picture, write it and tell its path. Raises what the pipeline raises, and OSError."""
         styled, _ = apply_style(args.style, prompt)
         logger.info("seed %d: %s", args.seed, styled)
-        (picture,) = self.pipe(
+        picture, choice = self.draw_one(
             styled,
             height=args.height,
             width=args.width,
@@ -130,7 +138,7 @@ class Drawing:
             **self.source,
             **_settings(args, self.pipe),
         )
-        write_png(picture, path, self.notes(prompt, args, picture.size))
+        write_png(picture, path, self.notes(prompt, args, picture.size) | choice)
         sys.stdout.write(f"{path}\n")
 
     def notes(self, prompt: str, args: argparse.Namespace, size: tuple[int, int]) -> dict:
@@ -142,18 +150,21 @@ class Drawing:
             **names,
             **_settings(args, self.pipe),
             **sides,
+            **asked_choice(args),
             "models": _names(self.files),
             **_additions(args),
         }
 
 
-def _load_drawing(args: argparse.Namespace, files: dict[str, Path]) -> Drawing:
+def load_drawing(args: argparse.Namespace) -> Drawing:
+    """The model that the options name, with its LoRAs, the pictures to start from, and what chooses among several."""
+    files = model_files(args)
     source = {name: Image.open(path) for name, path in _source_paths(args).items()}
     args.device = own_device(args.device)
     pipe = load_pipeline(args, files)
     for path, strength in args.lora:
         pipe.load_lora(path, strength)
-    return Drawing(pipe, files, source)
+    return Drawing(pipe, files, source, load_drawer(args, pipe))
 
 
 def _source_paths(args: argparse.Namespace) -> dict[str, Path]:

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from sana_core.checkpoint import load_dc_ae, save_dc_ae
 from sana_core.config import AUTOENCODERS
+from sana_core.evaluation import scenes
 from sana_core.models.dc_ae import DCAE
 from sana_core.training.loop import TrainConfig, train
-
-from . import scenes
 
 PRESET = "dc-ae-nano"
 LATENT_NOISE = 0.1  # of the latents' deviation

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sana_core.checkpoint import load_dc_ae
+from sana_core.evaluation import scenes
 from sana_core.models.dc_ae import DCAE
 
-from . import scenes
 from .autoencoder import to_pixels
 
 

@@ -14,11 +14,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sana_core.evaluation import scenes
+from sana_core.evaluation.judge import evaluate
+from sana_core.evaluation.nano import draw_scenes
 from sana_core.pipeline import SanaPipeline
 
-from . import evaluate, scenes
 from .autoencoder import measure
-from .transformer import draw_pictures
+from .evaluate import contact_sheet
 
 MODELS = Path(__file__).parents[2] / "models"
 SHEET_COLUMNS, SHEET_ROWS = 6, 4
@@ -67,12 +69,12 @@ def main() -> None:
     pipe("a panda on the left of a red background", seed=0)
     report = {"seconds_a_picture": time.monotonic() - start, "autoencoder": measure(pipe.vae, args.count)}
     for language in scenes.LANGUAGES:
-        pictures = draw_pictures(pipe, wanted, language)
-        scores = evaluate.evaluate(pictures, wanted)
+        pictures = draw_scenes(pipe, wanted, language)
+        scores = evaluate(pictures, wanted)
         report[language] = {name: getattr(scores, name) for name in ("background", "place", "subject")}
         captions = [f"{scene.subject.name}, {scene.place.name}, {scene.background.name}" for scene in wanted]
         count = SHEET_COLUMNS * SHEET_ROWS
-        sheet = evaluate.contact_sheet(pictures[:count], captions[:count], SHEET_COLUMNS)
+        sheet = contact_sheet(pictures[:count], captions[:count], SHEET_COLUMNS)
         sheet.save(args.output / f"{language}.png")
         logging.info("%s: %s", language, scores)
     draw_grid(pipe).save(args.output / "sana_nano.png", optimize=True)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2Model
 
 from sana_core.checkpoint import save_text_encoder
+from sana_core.evaluation import scenes
 from sana_core.text import CHI, TextEncoder, Tokenizer
 from sana_core.training.loop import TrainConfig, train
-
-from . import scenes
 
 VOCABULARY = 1200
 CONFIG = Gemma2Config(

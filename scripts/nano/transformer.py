@@ -17,6 +17,9 @@ from tqdm import tqdm
 
 from sana_core.checkpoint import load_dc_ae, load_text_encoder, save_transformer
 from sana_core.config import TRANSFORMERS
+from sana_core.evaluation import scenes
+from sana_core.evaluation.judge import evaluate
+from sana_core.evaluation.nano import draw_scenes
 from sana_core.kernels import REFERENCE
 from sana_core.models.dc_ae import DCAE
 from sana_core.models.sana import SanaTransformer
@@ -26,7 +29,6 @@ from sana_core.training.initialization import initialize_weights
 from sana_core.training.loop import TrainConfig, train
 from sana_core.training.loss import drop_captions, flow_matching_loss, sample_sigmas
 
-from . import evaluate, scenes
 from .autoencoder import to_pixels
 from .text_encoder import draw_caption, tokenize
 
@@ -101,16 +103,6 @@ def loss_of(latents: Tensor, drawn: list[scenes.Scene], encoder: TextEncoder, ba
     return loss
 
 
-def draw_pictures(pipe: SanaPipeline, wanted: list[scenes.Scene], language: str) -> list[np.ndarray]:
-    """Pictures of the scenes' captions in a language, 20 steps, guidance 4.5."""
-    rng = np.random.default_rng(3)
-    captions = [scenes.caption(scene, language, rng) for scene in wanted]
-    pictures = []
-    for start in range(0, len(captions), 20):
-        pictures += pipe(captions[start : start + 20], seed=start)
-    return [np.array(picture) for picture in pictures]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/nano/transformer"), help="folder of the run")
@@ -140,7 +132,7 @@ def main() -> None:
     def measure(average: SanaTransformer, step: int) -> dict[str, float]:
         save = step // config.save_every
         language, wanted = scenes.LANGUAGES[save % 3], list(scenes.HELD_OUT[save % 10 :: 10])
-        scores = evaluate.evaluate(draw_pictures(SanaPipeline(average, vae, encoder), wanted, language), wanted)
+        scores = evaluate(draw_scenes(SanaPipeline(average, vae, encoder), wanted, language), wanted)
         return {f"{language}_{name}": getattr(scores, name) for name in ("background", "place", "subject")}
 
     average = train(model, loss_of(latents, drawn, encoder, args.batch, device), config, args.run, measure)

@@ -7,11 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sana_core.evaluation import scenes
+from sana_core.evaluation.judge import evaluate
+from sana_core.evaluation.nano import draw_scenes
 from sana_core.text import CHI
-from scripts.nano import evaluate, scenes
 from scripts.nano.autoencoder import measure
 from scripts.nano.score import MODELS, load_nano
-from scripts.nano.transformer import caption_features, draw_pictures
+from scripts.nano.transformer import caption_features
 
 MILLIONS = {"vae": 5, "text_encoders": 4, "diffusion_models": 10}
 
@@ -61,7 +63,7 @@ def test_pictures_show_what_the_captions_say(nano):
     """Eight held-out combinations in each language; the whole score is in models/README.md."""
     for number, language in enumerate(scenes.LANGUAGES):
         wanted = list(scenes.HELD_OUT[number::25])
-        scores = evaluate.evaluate(draw_pictures(nano, wanted, language), wanted)
+        scores = evaluate(draw_scenes(nano, wanted, language), wanted)
         assert scores.background >= 0.75, f"{language}: {scores}"
         assert scores.place >= 0.75, f"{language}: {scores}"
         assert scores.subject >= 0.5, f"{language}: {scores}"

@@ -7,8 +7,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from scripts.nano import scenes
-from scripts.nano.scenes import BACKGROUNDS, HELD_OUT, LANGUAGES, PLACES, SIZES, SUBJECTS, Scene
+from sana_core.evaluation import scenes
+from sana_core.evaluation.scenes import BACKGROUNDS, HELD_OUT, LANGUAGES, PLACES, SIZES, SUBJECTS, Scene
 
 BY_NAME = {item.name: item for item in SUBJECTS + BACKGROUNDS + PLACES}
 
