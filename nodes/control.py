@@ -126,7 +126,7 @@ def fit(pixels: Tensor, height: int, width: int) -> Tensor:
     """
     scale = max(height / pixels.shape[2], width / pixels.shape[3])
     for axis, side in ((2, height), (3, width)):
-        kept = min(round(side / scale), pixels.shape[axis])
+        kept = max(1, min(round(side / scale), pixels.shape[axis]))
         pixels = pixels.narrow(axis, (pixels.shape[axis] - kept) // 2, kept)
     return interpolate(pixels, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
 
