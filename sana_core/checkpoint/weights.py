@@ -242,12 +242,18 @@ def save_transformer(model: SanaTransformer, path: str | Path, *, layout: str = 
     _save(model, path, layout, transformer_rules, transformer_to_diffusers)
 
 
-def save_controlnet(model: SanaControlNet, path: str | Path) -> None:
+def save_controlnet(model: SanaControlNet, path: str | Path, *, layout: str = "official") -> None:
     """Write a ControlNet's branch as a .safetensors file under the official keys, at once or not at all.
 
-    Raises CheckpointError if the file cannot be written. Diffusers' layout needs the base's embedders too.
+    Raises CheckpointError for another layout or kind of file, or if it cannot be written.
     """
-    write_safetensors(model.state_dict(), Path(path), {CONFIG_KEY: dump_config(model.config)})
+    path = Path(path)
+    if layout != "official" or path.suffix not in (".safetensors", ".sft"):
+        raise CheckpointError(
+            f'{path} with layout {layout!r}: a ControlNet is written with layout "official" to a .safetensors file. '
+            "Diffusers' layout would hold the base model's embedders too, which the branch has not."
+        )
+    write_safetensors(model.state_dict(), path, {CONFIG_KEY: dump_config(model.config)})
 
 
 def save_dc_ae(model: DCAE, path: str | Path, *, layout: str = "official") -> None:

@@ -53,6 +53,16 @@ class SanaControlNet(nn.Module):
             ControlBlock(config, operations, kernels, first=index == 0, **factory) for index in range(config.depth)
         )
 
+    def check_model(self, config: SanaConfig) -> None:
+        """Raises ValueError if this is not for transformers of that configuration."""
+        own = self.config
+        if own.hidden_size != config.hidden_size or own.depth >= config.depth:
+            raise ValueError(
+                f"The ControlNet is {own.hidden_size} wide and controls the first {own.depth + 1} blocks; this model "
+                f"is {config.hidden_size} wide and has {config.depth}. Use the ControlNet that was made for the "
+                "model: 1152 is 0.6B, 2240 is 1.6B."
+            )
+
     def forward(
         self, x: Tensor, hint: Tensor, context: Tensor, mask: Tensor | None, t0: Tensor, height: int, width: int
     ) -> Iterator[Tensor]:
@@ -85,13 +95,7 @@ class Control:
 
     def check(self, config: SanaConfig, shape: torch.Size) -> None:
         """Raises ValueError if the branch is not for this transformer, or the hint not for latents of this shape."""
-        own = self.net.config
-        if own.hidden_size != config.hidden_size or own.depth >= config.depth:
-            raise ValueError(
-                f"The ControlNet is {own.hidden_size} wide and controls the first {own.depth + 1} blocks; this model "
-                f"is {config.hidden_size} wide and has {config.depth}. Use the ControlNet that was made for the "
-                "model: 1152 is 0.6B, 2240 is 1.6B."
-            )
+        self.net.check_model(config)
         if self.hint.shape[1:] != shape[1:] or len(self.hint) not in (1, shape[0]):
             raise ValueError(
                 f"The control latent has shape {tuple(self.hint.shape)}, expected {(shape[0], *shape[1:])}, or 1 for "

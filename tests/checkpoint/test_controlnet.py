@@ -109,6 +109,15 @@ def test_diffusers_opens_the_converted_weights():
     assert isinstance(theirs, SanaControlNetModel)
 
 
+@pytest.mark.parametrize(
+    "name, layout", [("net.safetensors", "diffusers"), ("net.pth", "official"), ("net", "official")]
+)
+def test_other_layouts_and_files_are_not_written(name, layout, tmp_path):
+    with pytest.raises(CheckpointError, match='layout "official" to a .safetensors file'):
+        save_controlnet(tiny.controlnet(), tmp_path / name, layout=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
 def refused(tmp_path, state_dict, **options):
     save_file({key: tensor.contiguous() for key, tensor in state_dict.items()}, tmp_path / "wrong.safetensors")
     with pytest.raises(CheckpointError) as error:
