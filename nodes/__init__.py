@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .autoencoder import SanaDCAEDecode, SanaDCAEEncode
 from .conditioning import SanaPromptEncode
+from .controlnet import SanaControlNetApply, SanaControlNetLoader
 from .download import SanaDownloadModel
 from .grid import SanaXYGrid, SanaXYValues
 from .guidance import SanaPAG
@@ -24,9 +25,11 @@ NODES: list[type[io.ComfyNode]] = [
     SanaTextEncoderLoader,
     SanaDCAELoader,
     SanaLoraLoader,
+    SanaControlNetLoader,
     SanaDownloadModel,
     SanaPromptEncode,
     SanaPromptsFromFile,
+    SanaControlNetApply,
     SanaEmptyLatent,
     SanaResolution,
     SanaDCAEEncode,

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from torch.nn.functional import pad
 from ..sana_core.checkpoint import check_weights, config_tensor, read_transformer, scaled_layers, without_scales
 from ..sana_core.config import TRANSFORMERS, SanaConfig
 from ..sana_core.finite import require_finite
+from ..sana_core.models.controlnet import Control
 from ..sana_core.models.sana import SanaTransformer
 from .hooks import Hooks
 
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SPRINT_GUIDANCE = "sana_sprint_guidance"  # in a conditioning: the scale that Sprint embeds; only its sampler sets it
 FLOOR_TIMESTEPS = "sana_floor_timesteps"  # in transformer_options: feed whole timesteps, as official Flow-DPM does
+CONTROL = "sana"  # in what core calls a control: the tuple of Controls, which run within the transformer
 
 _PREVIEW_FACTORS = json.loads(Path(__file__).with_name("preview_factors.json").read_text(encoding="utf-8"))
 
@@ -79,14 +82,28 @@ class ComfySana(SanaTransformer):
         executor = comfy.patcher_extension.WrapperExecutor.new_class_executor(self._forward, self, wrappers)
         return executor.execute(x, timesteps, context, attention_mask, options, **kwargs)
 
-    def _forward(self, x, timesteps, context, attention_mask, transformer_options, guidance=None, **_) -> Tensor:
+    def _forward(
+        self, x, timesteps, context, attention_mask, transformer_options, guidance=None, control=None, **_
+    ) -> Tensor:
         # Models that divide the timestep themselves were trained on fractions.
         if transformer_options.get(FLOOR_TIMESTEPS) and self.config.timestep_scale == 1:
             timesteps = timesteps.floor()
         if guidance is not None:
             guidance = torch.full((len(x),), guidance, device=x.device)
-        with self.hooks.using(transformer_options):
-            return super().forward(x, timesteps, context, attention_mask, guidance)
+        controls = _sana_controls(control)
+        with ExitStack() as patched:
+            for hooks in (self.hooks, *(one.net.hooks for one in controls)):
+                patched.enter_context(hooks.using(transformer_options))
+            return super().forward(x, timesteps, context, attention_mask, guidance, control=controls)
+
+
+def _sana_controls(control: dict | None) -> tuple[Control, ...]:
+    if control is not None and CONTROL not in control:
+        raise ValueError(
+            "The conditioning carries a ControlNet for another model, which cannot control Sana. Load one that was "
+            "made for Sana with Load Sana ControlNet."
+        )
+    return () if control is None else control[CONTROL]
 
 
 def _float8_factory(dtype: torch.dtype, operations) -> dict:

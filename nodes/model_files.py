@@ -11,6 +11,7 @@ _SHARD = re.compile(r"-\d{5}-of-\d{5}\.\w+$")
 # Class names in config.json that belong to each of ComfyUI's model folders.
 _CLASSES = {
     "diffusion_models": ("SanaTransformer2DModel",),
+    "controlnet": ("SanaControlNetModel",),
     "vae": ("AutoencoderDC", "DCAE_HF"),
     "text_encoders": ("Gemma2ForCausalLM", "Gemma2Model"),
     "clip_vision": ("CLIPModel",),

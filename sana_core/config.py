@@ -89,6 +89,12 @@ TRANSFORMERS: dict[str, SanaConfig] = {
     ),
 }
 
+# ControlNets: the transformer that they control, cut down to the blocks that they copy.
+CONTROLNETS: dict[str, SanaConfig] = {
+    "Sana_600M_1024px_ControlNet_HED": replace(TRANSFORMERS["Sana_600M_1024px"], depth=7),
+    "Sana_1600M_1024px_BF16_ControlNet_HED": replace(_SANA_1600M_BF16, depth=7),
+}
+
 
 @dataclass(frozen=True)
 class DCAEConfig:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from .autoencoder import decode_latents
 from .captions import Captions
-from .checkpoint import Lora, load_dc_ae, load_text_encoder, load_transformer, read_lora
+from .checkpoint import Lora, load_controlnet, load_dc_ae, load_text_encoder, load_transformer, read_lora
 from .finite import require_finite
 from .hub import fetch_model
+from .models.controlnet import Control, SanaControlNet
 from .models.lora import apply_lora
 from .pictures import to_pictures
 from .resolution import check_size
@@ -22,7 +23,7 @@ from .sampler.flow import SAMPLERS
 from .sampler.guidance import PAG_OFF
 from .sampler.schedule import SCHEDULES, partial_schedule
 from .sampling import FlowSampling, SprintSampling, draw_noise
-from .source import Pictures, Source, prepare_source
+from .source import Pictures, Source, encode_pictures, prepare_source
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +39,15 @@ class SanaPipeline:
     `from_files` and `from_pretrained` load them.
     """
 
-    def __init__(self, transformer, vae, text_encoder, *, shift: float | None = None):
+    def __init__(
+        self, transformer, vae, text_encoder, *, shift: float | None = None, controlnet: SanaControlNet | None = None
+    ):
         """`shift` of the flow schedule; None takes the transformer's own. Raises ValueError if the parts don't fit."""
         self.transformer = transformer
         self.vae = vae
         self.text_encoder = text_encoder
         self.shift = transformer.config.shift if shift is None else shift
+        self.controlnet = controlnet
         self._check_parts()
 
     @classmethod
@@ -86,7 +90,7 @@ class SanaPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> "SanaPipeline":
-        """Load a folder in the diffusers layout: transformer/, vae/, text_encoder/ and, if present, scheduler/.
+        """Load a folder in the diffusers layout: transformer/, vae/, text_encoder/; scheduler/, controlnet/ if present.
 
         Or a published model by its name or repository, such as Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers:
         what is not on the disk yet is downloaded, see `hub.fetch_model`. No other repository is.
@@ -96,7 +100,10 @@ class SanaPipeline:
             return cls.from_files(**_published_files(str(folder)), variant=variant, device=device, dtype=dtype)
         folder = Path(folder)
         parts = {name: folder / name for name in ("transformer", "vae", "text_encoder")}
-        return cls.from_files(**parts, variant=variant, device=device, dtype=dtype, shift=_read_shift(folder))
+        pipe = cls.from_files(**parts, variant=variant, device=device, dtype=dtype, shift=_read_shift(folder))
+        if (folder / "controlnet").is_dir():
+            pipe.load_controlnet(folder / "controlnet")
+        return pipe
 
     def load_lora(self, path: str | Path, strength: float = 1.0) -> Lora:
         """Add a LoRA file, of any trainer's spelling, to the transformer's weights; several add up.
@@ -108,6 +115,15 @@ class SanaPipeline:
         apply_lora(self.transformer, lora.layers, strength)
         logger.log(logging.WARNING if lora.unmatched else logging.INFO, "%s: %s", path, lora.summary)
         return lora
+
+    def load_controlnet(self, path: str | Path) -> None:
+        """Load a ControlNet, a file or a folder, for drawings that follow a control_image. It replaces an earlier one.
+
+        Raises CheckpointError for a file that is no Sana ControlNet, ValueError for one of another model.
+        """
+        controlnet = load_controlnet(path, device=self.device, dtype=self.transformer.dtype)
+        controlnet.check_model(self.transformer.config)
+        self.controlnet = controlnet
 
     @torch.no_grad()
     def __call__(
@@ -133,6 +149,8 @@ class SanaPipeline:
         image: Pictures | None = None,
         mask: Pictures | None = None,
         strength: float | None = None,
+        control_image: Pictures | None = None,
+        control_strength: float = 1.0,
         timesteps: Sequence[float] | None = None,
         output_type: str = "pil",
         vae_tiling: bool | None = None,
@@ -160,6 +178,8 @@ class SanaPipeline:
             pixels a position, which is drawn whole; of "pil" and "pt" the mask then keeps what it does not cover.
         strength: the share of the steps, rounded up, that the image is put through: of 2 steps, 0.5 leaves one. None
             takes 0.5, and 1 under a mask.
+        control_image: what the ControlNet shall follow, given like image; None draws without it.
+        control_strength: how strictly; 1 is what it was trained for, 0 no control.
         timesteps: angles of the steps, falling from at most 1.5708 to 0; the first one says how much of an image goes.
             Sprint only.
         output_type: "pil"; "pt" for pixels [B, 3, H, W] in 0..1; "latent" for latents, scaled to unit deviation.
@@ -172,6 +192,8 @@ class SanaPipeline:
             raise ValueError(f'output_type is {output_type!r}, expected "pil", "pt" or "latent"')
         if image is None and not (mask is None and strength is None):
             raise ValueError("mask or strength given without an image: name the image that they are about")
+        if control_image is not None and self.controlnet is None:
+            raise ValueError("control_image given, but there is no ControlNet to read it: use load_controlnet first")
         if strength is None:
             strength = 0.5 if image is not None and mask is None else 1.0
         if self.is_sprint:
@@ -197,7 +219,8 @@ class SanaPipeline:
         if source and mask is None and strength < 1 and scm.starts_from_noise(sigmas):
             logger.warning(scm.IMAGE_IGNORED, strength, len(sigmas) - 1)
         noise = self._prepare_latents(shape, latents, generator)
-        x = self._sample(sampling, cond, uncond, noise, source, callback)
+        control = self._prepare_control(control_image, control_strength, shape)
+        x = self._sample(sampling.denoiser(cond, uncond, control), sampling, noise, source, callback)
         if output_type == "latent":
             return x
         pixels = self.decode(x, vae_tiling=vae_tiling)
@@ -241,6 +264,9 @@ class SanaPipeline:
                 f"{self.text_encoder.channels}: they do not belong together"
             )
 
+        if self.controlnet is not None:
+            self.controlnet.check_model(config)
+
     def _flow_sigmas(self, sampler: str, steps: int | None, shift: float | None, strength: float) -> Tensor:
         if sampler not in SAMPLERS:
             raise ValueError(f"there is no sampler {sampler!r}; there are {', '.join(SAMPLERS)}")
@@ -250,18 +276,22 @@ class SanaPipeline:
 
     @staticmethod
     def _sample(
+        model: Callable[..., Tensor],
         sampling: FlowSampling | SprintSampling,
-        cond: Captions,
-        uncond: Captions | None,
         noise: Tensor,
         source: Source | None,
         callback: Callable[[dict], None] | None,
     ) -> Tensor:
-        model = sampling.denoiser(cond, uncond)
         if source is None:
             return sampling.sample(model, sampling.start(noise, None), callback)
         start = sampling.start(noise, source.latents)
         return sampling.sample(source.keep_unmasked(model, noise), start, callback)
+
+    def _prepare_control(self, image: Pictures | None, strength: float, shape: tuple[int, ...]) -> tuple[Control, ...]:
+        if image is None:
+            return ()
+        hint, _ = encode_pictures(self.vae, "control_image", image, shape)
+        return (Control(self.controlnet, hint.to(self.device), strength),)
 
     def _perturbed_layers(self, layers: int | Sequence[int] | None) -> tuple[int, ...]:
         return self.transformer.config.perturbed_layers([layers] if isinstance(layers, int) else layers)

@@ -2,14 +2,15 @@
 
 import itertools
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .captions import Captions, join_captions
 from .finite import require_finite
+from .models.controlnet import Control
 from .models.sana import Perturbation, SanaTransformer
 from .sampler import scm
 from .sampler.flow import SAMPLERS
@@ -43,13 +44,15 @@ class FlowSampling:
         """What the sampler starts from: noise, or an image's latents at the first noise level."""
         return noise if image is None else torch.lerp(image, noise, self.sigmas[0].item())
 
-    def denoiser(self, cond: Captions, uncond: Captions | None) -> Callable[[Tensor, Tensor], Tensor]:
-        """`model(x, sigma) -> denoised` under these captions."""
+    def denoiser(
+        self, cond: Captions, uncond: Captions | None, control: Sequence[Control] = ()
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`model(x, sigma) -> denoised` under these captions; ControlNets count for both."""
         captions = cond if uncond is None else join_captions(uncond, cond)
         # Official Flow-DPM-Solver truncates the timestep, unless the model divides it by itself.
         whole = self.sampler == "flow_dpm-solver" and self.transformer.config.timestep_scale == 1
         return cfg_denoiser(
-            velocity(self.transformer, captions, self.perturbed_layers),
+            velocity(self.transformer, captions, self.perturbed_layers, control),
             scale=self.scale,
             pag_scale=self.pag_scale,
             interval=self.interval,
@@ -77,10 +80,12 @@ class SprintSampling:
         first = self.sigmas[0].item()
         return scm.pure_noise_scale(first) * noise if image is None else torch.lerp(image, noise, first)
 
-    def denoiser(self, cond: Captions, uncond: None = None) -> Callable[[Tensor, Tensor], Tensor]:
-        """`model(x, sigma) -> denoised` under these captions."""
+    def denoiser(
+        self, cond: Captions, uncond: None = None, control: Sequence[Control] = ()
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """`model(x, sigma) -> denoised` under these captions and ControlNets."""
         guidance = torch.full((len(cond.mask),), float(self.scale), device=cond.embeds.device)
-        return scm.flow_denoiser(velocity(self.transformer, cond, guidance=guidance))
+        return scm.flow_denoiser(velocity(self.transformer, cond, control=control, guidance=guidance))
 
     def sample(self, model: Callable[..., Tensor], x: Tensor, callback) -> Tensor:
         """Scaled latents, sampled from `start` by `denoiser` or what is put around it."""
@@ -99,11 +104,16 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Ten
 
 
 def velocity(
-    transformer: SanaTransformer, captions: Captions, perturbed_layers: tuple[int, ...] = (), **inputs: Tensor
+    transformer: SanaTransformer,
+    captions: Captions,
+    perturbed_layers: tuple[int, ...] = (),
+    control: Sequence[Control] = (),
+    **inputs: Tensor,
 ) -> Callable[..., Tensor]:
     """What denoisers ask: the transformer with captions and further inputs in place, and the layers that it perturbs.
 
-    Fewer rows than captions are the last ones. Calls, one a step, are counted to say where it failed.
+    Fewer rows than captions are the last ones. Hints, one for all or one a picture, are repeated for all rows.
+    Calls, one a step, are counted to say where it failed.
     """
     context = transformer.prepare_context(captions.embeds.to(transformer.dtype), captions.mask)
     steps = itertools.count(1)
@@ -111,7 +121,15 @@ def velocity(
     def predict(x: Tensor, timestep: Tensor, perturbed_rows: int = 0) -> Tensor:
         cache = context if len(x) == len(captions.mask) else context.rows(slice(-len(x), None))
         perturbation = Perturbation(perturbed_layers, perturbed_rows) if perturbed_rows else None
-        rows = transformer(x.to(transformer.dtype), timestep, cache, perturbation=perturbation, **inputs)
+        controls = [_for_rows(one, len(x)) for one in control]
+        rows = transformer(
+            x.to(transformer.dtype), timestep, cache, perturbation=perturbation, control=controls, **inputs
+        )
         return require_finite(rows, f"the transformer at step {next(steps)}")
 
     return predict
+
+
+def _for_rows(control: Control, count: int) -> Control:
+    rows = len(control.hint)
+    return control if rows == 1 else replace(control, hint=control.hint.repeat(count // rows, 1, 1, 1))

@@ -1,4 +1,4 @@
-"""The picture that image to image and inpainting start from."""
+"""Pictures that a drawing starts from or follows, as latents."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,17 +51,29 @@ def prepare_source(vae: DCAE, image: Pictures, mask: Pictures | None, shape: tup
 
     Raises ValueError for tensors of another shape or a mask outside 0..1, FloatingPointError for NaN or infinity.
     """
+    latents, pixels = encode_pictures(vae, "image", image, shape)
+    height, width = _pixel_size(vae, shape)
+    mask = None if mask is None else _prepare_mask(mask, shape[0], height, width).to(latents.device)
+    return Source(latents, pixels, mask)
+
+
+def encode_pictures(vae: DCAE, name: str, pictures: Pictures, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Scaled latents [1 or B, C, h, w] of what is given under a name, and its pixels [., 3, H, W] if it has any.
+
+    Arguments and errors are those of `prepare_source`.
+    """
     count, channels, *size = shape
-    height, width = (side * vae.config.spatial_compression for side in size)
-    device = next(vae.parameters()).device
-    if not isinstance(image, Tensor):
-        image = to_pixels(image, height, width)
-    _check_shape("image", image, count, (3, height, width), (channels, *size))
-    image = require_finite(image.to(device, torch.float32), "whatever made the image")
-    mask = None if mask is None else _prepare_mask(mask, count, height, width).to(device)
-    if image.shape[1] == channels:
-        return Source(image, mask=mask)
-    return Source(encode_pixels(vae, image), image, mask)
+    height, width = _pixel_size(vae, shape)
+    if not isinstance(pictures, Tensor):
+        pictures = to_pixels(pictures, height, width)
+    _check_shape(name, pictures, count, (3, height, width), (channels, *size))
+    pictures = require_finite(pictures.to(next(vae.parameters()).device, torch.float32), f"whatever made the {name}")
+    return (pictures, None) if pictures.shape[1] == channels else (encode_pixels(vae, pictures), pictures)
+
+
+def _pixel_size(vae: DCAE, shape: tuple[int, ...]) -> tuple[int, int]:
+    height, width = (side * vae.config.spatial_compression for side in shape[-2:])
+    return height, width
 
 
 def _prepare_mask(mask: Pictures, count: int, height: int, width: int) -> Tensor:

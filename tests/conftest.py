@@ -65,12 +65,13 @@ def part(pack):
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> Path:
     """A folder in ComfyUI's layout with a complete tiny model; its weights are random."""
-    from sana_core.checkpoint import save_dc_ae, save_text_encoder, save_transformer
+    from sana_core.checkpoint import save_controlnet, save_dc_ae, save_text_encoder, save_transformer
     from tests import tiny
 
     folder = tmp_path_factory.mktemp("models")
     save_transformer(tiny.transformer(), folder / "diffusion_models" / "tiny.safetensors")
     save_transformer(tiny.sprint(), folder / "diffusion_models" / "sprint.safetensors")
+    save_controlnet(tiny.controlnet(), folder / "controlnet" / "tiny.safetensors")
     save_dc_ae(tiny.dc_ae(), folder / "vae" / "tiny.safetensors")
     save_text_encoder(tiny.text_encoder(), folder / "text_encoders" / "tiny.safetensors")
     return folder

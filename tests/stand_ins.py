@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from sana_core.checkpoint import save_dc_ae, save_text_encoder, save_transformer
+from sana_core.checkpoint import CONFIG_KEY, config_tensor, save_dc_ae, save_text_encoder, save_transformer
 from sana_core.config import TRANSFORMERS
 from sana_core.published import PUBLISHED, PublishedFile
 from tests import loras, tiny
@@ -48,6 +49,10 @@ def _make_weights(file: PublishedFile, path: Path) -> None:
         case "diffusion_models":
             config = TRANSFORMERS[file.name]
             save_transformer(tiny.transformer(**{name: getattr(config, name) for name in FEATURES}), path)
+        case "controlnet":
+            net = tiny.controlnet()
+            path.parent.mkdir(exist_ok=True)
+            torch.save({"state_dict": {**net.state_dict(), CONFIG_KEY: config_tensor(net.config)}}, path)
         case "vae":
             save_dc_ae(tiny.dc_ae(), path)
         case "text_encoders":

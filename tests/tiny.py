@@ -10,6 +10,7 @@ import torch
 from transformers import Gemma2Config, Gemma2Model
 
 from sana_core.config import AUTOENCODERS, SanaConfig
+from sana_core.models.controlnet import SanaControlNet
 from sana_core.models.dc_ae import DCAE
 from sana_core.models.sana import SanaTransformer
 from sana_core.text import CHI, TextEncoder, Tokenizer
@@ -48,6 +49,11 @@ def transformer(**changes) -> SanaTransformer:
 
 def sprint() -> SanaTransformer:
     return transformer(guidance_embed=True, qk_norm=True)
+
+
+def controlnet(**changes) -> SanaControlNet:
+    """Of the tiny transformer, of which it copies the first of the two blocks."""
+    return filled(SanaControlNet(replace(TRANSFORMER, **{"depth": 1} | changes)))
 
 
 def dc_ae(**changes) -> DCAE:

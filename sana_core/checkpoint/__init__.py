@@ -5,19 +5,22 @@ state dicts that are already in memory.
 """
 
 from .configuration import CONFIG_KEY, config_tensor, dump_config
-from .detection import detect_dc_ae, detect_transformer
+from .detection import detect_controlnet, detect_dc_ae, detect_transformer
 from .families import DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_prefix
 from .files import CheckpointError, read_state_dict
 from .gemma import load_text_encoder, save_text_encoder
-from .keys import convert_dc_ae, convert_transformer
+from .keys import convert_controlnet, convert_dc_ae, convert_transformer
 from .lora import Lora, convert_lora, read_lora
 from .quantization import scaled_layers, without_scales
 from .weights import (
     check_weights,
+    load_controlnet,
     load_dc_ae,
     load_transformer,
+    read_controlnet,
     read_dc_ae,
     read_transformer,
+    save_controlnet,
     save_dc_ae,
     save_transformer,
 )
@@ -30,20 +33,25 @@ __all__ = [
     "Lora",
     "check_weights",
     "config_tensor",
+    "convert_controlnet",
     "convert_dc_ae",
     "convert_lora",
     "convert_transformer",
     "describe_keys",
+    "detect_controlnet",
     "detect_dc_ae",
     "detect_transformer",
     "dump_config",
+    "load_controlnet",
     "load_dc_ae",
     "load_text_encoder",
     "load_transformer",
+    "read_controlnet",
     "read_dc_ae",
     "read_lora",
     "read_state_dict",
     "read_transformer",
+    "save_controlnet",
     "save_dc_ae",
     "save_text_encoder",
     "save_transformer",

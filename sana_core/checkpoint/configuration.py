@@ -81,12 +81,12 @@ def transformer_to_diffusers(config: SanaConfig) -> dict:
     }
 
 
-def transformer_from_diffusers(content: dict) -> dict | None:
-    """Fields of SanaConfig that a SanaTransformer2DModel's config.json states; None for another class's.
+def transformer_from_diffusers(content: dict, class_name: str = "SanaTransformer2DModel") -> dict | None:
+    """Fields of SanaConfig that the config.json of a model of that class states; None for another class's.
 
     Entries that are absent have diffusers' defaults.
     """
-    if content.get("_class_name") != "SanaTransformer2DModel":
+    if content.get("_class_name") != class_name:
         return None
     if content.get("patch_size", 1) != 1 or content.get("attention_bias", False):
         raise CheckpointError("config.json asks for a patch_size other than 1 or for attention_bias; no Sana has them.")
@@ -108,6 +108,11 @@ def transformer_from_diffusers(content: dict) -> dict | None:
         "pos_embed_base": None if interpolation is None else sample_size,
     }
     return values if interpolation is None else values | {"pos_embed_interpolation": float(interpolation)}
+
+
+def controlnet_from_diffusers(content: dict) -> dict | None:
+    """The same of a SanaControlNetModel's config.json, whose layers are the copied blocks."""
+    return transformer_from_diffusers(content, "SanaControlNetModel")
 
 
 def dc_ae_to_diffusers(config: DCAEConfig) -> dict:

@@ -11,17 +11,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ..config import AUTOENCODERS, TRANSFORMERS, DCAEConfig, SanaConfig
+from ..config import AUTOENCODERS, CONTROLNETS, TRANSFORMERS, DCAEConfig, SanaConfig
 from .configuration import (
     CONFIG_KEY,
     PIXELS_PER_LATENT,
+    controlnet_from_diffusers,
     dc_ae_from_diffusers,
     parse_config,
     transformer_from_diffusers,
 )
-from .families import DC_AE_SIGNS, TRANSFORMER_SIGNS, describe_keys, find_layout
+from .families import CONTROLNET_SIGNS, DC_AE_SIGNS, TRANSFORMER_SIGNS, describe_keys, find_layout
 from .files import CheckpointError, StateDict
-from .keys import convert_dc_ae, convert_transformer
+from .keys import convert_controlnet, convert_dc_ae, convert_transformer
 
 Shapes = dict[str, tuple[int, ...]]
 Sizes = dict[str, object]
@@ -70,6 +71,28 @@ def detect_transformer(
     sizes = _transformer_sizes(shapes, path)
     grid = math.isqrt(state_dict["pos_embed"].shape[1]) if "pos_embed" in state_dict else None
     config, reason = _resolve(_TRANSFORMER, sizes, state_dict, variant, metadata, config_json, Path(path), grid)
+    return config, layout, reason
+
+
+def detect_controlnet(
+    state_dict: StateDict,
+    *,
+    variant: str | None = None,
+    metadata: dict[str, str] | None = None,
+    config_json: dict | None = None,
+    path: str | Path = "the state dict",
+) -> tuple[SanaConfig, str, str]:
+    """Tell which ControlNet this is. Arguments, result and errors as for `detect_transformer`.
+
+    The configuration's depth is the count of copied blocks.
+    """
+    layout = find_layout(state_dict, CONTROLNET_SIGNS)
+    if layout is None:
+        raise CheckpointError(
+            f"{path} is not a Sana ControlNet: {describe_keys(state_dict)}. Choose a file of a Sana ControlNet."
+        )
+    sizes = _controlnet_sizes(_official_shapes(state_dict, layout, convert_controlnet), path)
+    config, reason = _resolve(_CONTROLNET, sizes, state_dict, variant, metadata, config_json, Path(path), None)
     return config, layout, reason
 
 
@@ -126,6 +149,21 @@ def _transformer_sizes_of(config: SanaConfig) -> Sizes:
     return {name: getattr(config, name) for name in names}
 
 
+def _controlnet_sizes(shapes: Shapes, path: object) -> Sizes:
+    glu_width, hidden_size = _shape(shapes, "controlnet.0.copied_block.mlp.inverted_conv.conv.weight", path)[:2]
+    blocks = [int(match.group(1)) for key in shapes if (match := re.match(r"controlnet\.(\d+)\.", key))]
+    return {
+        "depth": max(blocks) + 1,
+        "hidden_size": hidden_size,
+        "mlp_ratio": glu_width / 2 / hidden_size,
+        "qk_norm": "controlnet.0.copied_block.attn.q_norm.weight" in shapes,
+    }
+
+
+def _controlnet_sizes_of(config: SanaConfig) -> Sizes:
+    return {name: getattr(config, name) for name in ("depth", "hidden_size", "mlp_ratio", "qk_norm")}
+
+
 def _dc_ae_sizes(shapes: Shapes, path: object) -> Sizes:
     sizes: Sizes = {"latent_channels": _shape(shapes, "decoder.project_in.main.conv.weight", path)[1]}
     stages = 1 + max(int(match.group(1)) for key in shapes if (match := re.match(r"encoder\.stages\.(\d+)\.", key)))
@@ -174,6 +212,7 @@ def _dc_ae_sizes_of(config: DCAEConfig) -> Sizes:
 
 
 _TRANSFORMER = Kind("transformer", SanaConfig, TRANSFORMERS, _transformer_sizes_of, transformer_from_diffusers)
+_CONTROLNET = Kind("ControlNet", SanaConfig, CONTROLNETS, _controlnet_sizes_of, controlnet_from_diffusers)
 _DC_AE = Kind("autoencoder", DCAEConfig, AUTOENCODERS, _dc_ae_sizes_of, dc_ae_from_diffusers)
 
 

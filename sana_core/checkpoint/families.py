@@ -10,6 +10,12 @@ FAMILIES = (
     ("a LoRA, which adds to a model and is none itself", (r"\.lora_(A|B|up|down)\b",)),
     ("a Sana ControlNet", (r"\bcontrolnet\.0\.before_proj\.weight$",)),
     ("a Sana ControlNet (diffusers layout)", (r"\bcontrolnet_blocks\.0\.weight$", r"\binput_block\.weight$")),
+    (
+        "a ControlNet for another model",
+        (
+            r"\bcontrolnet_(cond_embedding|blocks|x_embedder)\.|\b(zero_convs|control_model|nested)\.|\bcontrol_add_embedding\.",
+        ),
+    ),
     ("a Sana transformer", (r"\bblocks\.0\.mlp\.inverted_conv\.conv\.weight$",)),
     ("a Sana transformer (diffusers layout)", (r"\btransformer_blocks\.0\.ff\.conv_inverted\.weight$",)),
     ("a DC-AE autoencoder", (r"\bencoder\.stages\.\d+\.op_list\.", r"\bdecoder\.project_in\.main\.conv\.weight$")),
@@ -56,6 +62,8 @@ TRANSFORMER_SIGNS = {
     "official": r"blocks\.0\.mlp\.inverted_conv\.conv\.weight",
     "diffusers": r"transformer_blocks\.0\.ff\.conv_inverted\.weight",
 }
+CONTROLNET_ANCHORS = {"official": "controlnet.0.before_proj.weight", "diffusers": "input_block.weight"}
+CONTROLNET_SIGNS = {"official": r"controlnet\.0\.before_proj\.weight", "diffusers": r"input_block\.weight"}
 DC_AE_ANCHORS = {"official": "decoder.project_in.main.conv.weight", "diffusers": "decoder.norm_out.weight"}
 DC_AE_SIGNS = {
     "official": r"encoder\.stages\.\d+\.op_list\..+",

@@ -85,6 +85,22 @@ SPRINT_RULES = (
 # In official files, but no weights of the model: a table that is computed, the null caption, a training head.
 TRANSFORMER_DROPPED = re.compile(r"pos_embed|y_embedder\.y_embedding|logvar_linear\.\w+|sana_config")
 
+# The branch of a ControlNet. Diffusers' file holds copies of the base's embedders as well.
+CONTROLNET_RULES = (
+    *(
+        replace(rule, official=rule.official.replace("blocks.#", "controlnet.#.copied_block"))
+        for rule in TRANSFORMER_RULES
+    ),
+    _rule("controlnet.0.before_proj.*", "input_block.*"),
+    _rule("controlnet.#.after_proj.*", "controlnet_blocks.#.*"),
+)
+
+# The base, which the official file holds whole and diffusers' file in part: it was frozen in training.
+CONTROLNET_DROPPED = re.compile(
+    r"(x_embedder|t_embedder|t_block|y_embedder|attention_y_norm|blocks|final_layer)\..+|pos_embed|sana_config"
+    r"|(patch_embed|time_embed|caption_projection|caption_norm)\..+"
+)
+
 
 def _dc_ae_block_rules(official: str, diffusers: str) -> tuple[Rule, ...]:
     """Rules of residual and EfficientViT blocks.
@@ -153,6 +169,11 @@ def convert_transformer(state_dict: StateDict, layout: str) -> StateDict:
     return dict(iterate_transformer(dict(state_dict), layout))
 
 
+def convert_controlnet(state_dict: StateDict, layout: str) -> StateDict:
+    """The branch of a ControlNet under the official keys. Arguments as for `convert_transformer`."""
+    return dict(iterate_controlnet(dict(state_dict), layout))
+
+
 def convert_dc_ae(state_dict: StateDict, layout: str) -> StateDict:
     """The autoencoder under the official keys. Arguments as for `convert_transformer`."""
     return dict(iterate_dc_ae(dict(state_dict), layout))
@@ -161,6 +182,11 @@ def convert_dc_ae(state_dict: StateDict, layout: str) -> StateDict:
 def iterate_transformer(state_dict: StateDict, layout: str) -> Iterator[tuple[str, Tensor]]:
     """What `convert_transformer` returns, one by one. Empties `state_dict`, so that nothing is in memory twice."""
     return _iterate_official(state_dict, layout, transformer_rules, TRANSFORMER_DROPPED)
+
+
+def iterate_controlnet(state_dict: StateDict, layout: str) -> Iterator[tuple[str, Tensor]]:
+    """What `convert_controlnet` returns, one by one. Empties `state_dict`, so that nothing is in memory twice."""
+    return _iterate_official(state_dict, layout, lambda _: CONTROLNET_RULES, CONTROLNET_DROPPED)
 
 
 def iterate_dc_ae(state_dict: StateDict, layout: str) -> Iterator[tuple[str, Tensor]]:

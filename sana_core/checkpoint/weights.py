@@ -10,13 +10,21 @@ from torch import Tensor, nn
 
 from ..config import DCAEConfig, SanaConfig
 from ..kernels import REFERENCE, Kernels
+from ..models.controlnet import SanaControlNet
 from ..models.dc_ae import DCAE
 from ..models.sana import SanaTransformer
 from .configuration import CONFIG_KEY, dc_ae_to_diffusers, dump_config, transformer_to_diffusers
-from .detection import detect_dc_ae, detect_transformer
-from .families import DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_prefix
+from .detection import detect_controlnet, detect_dc_ae, detect_transformer
+from .families import CONTROLNET_ANCHORS, DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_prefix
 from .files import CheckpointError, Source, StateDict, locate_weights, read_files, write_json, write_safetensors
-from .keys import dc_ae_rules, iterate_dc_ae, iterate_transformer, official_to_diffusers, transformer_rules
+from .keys import (
+    dc_ae_rules,
+    iterate_controlnet,
+    iterate_dc_ae,
+    iterate_transformer,
+    official_to_diffusers,
+    transformer_rules,
+)
 from .quantization import dequantize, with_formats
 
 logger = logging.getLogger(__name__)
@@ -93,14 +101,44 @@ def load_transformer(
     """
     config, state_dict = read_transformer(path, variant=variant, dtype=dtype)
     dtype = dtype or main_dtype(state_dict)
-    if dtype in FLOAT8_DTYPES and operations is None:
-        raise CheckpointError(
-            f"{path} has {dtype} weights, in which torch.nn cannot compute. Pass dtype=torch.bfloat16."
-        )
+    if operations is None:
+        _require_computable(dtype, path)
     model = SanaTransformer(
         config, device="meta", dtype=dtype, operations=operations or nn, kernels=kernels or REFERENCE
     )
     return fill_model(model, state_dict, path, device, dtype)
+
+
+def _require_computable(dtype: torch.dtype, path: str | Path) -> None:
+    if dtype in FLOAT8_DTYPES:
+        raise CheckpointError(
+            f"{path} has {dtype} weights, in which torch.nn cannot compute. Pass dtype=torch.bfloat16."
+        )
+
+
+def read_controlnet(
+    path: str | Path, *, variant: str | None = None, dtype: torch.dtype | None = None
+) -> tuple[SanaConfig, StateDict]:
+    """Configuration and weights of a ControlNet's branch, under the official keys. Arguments as `read_transformer`.
+
+    The official file holds the base model as well, of which nothing is read.
+    """
+    source = locate_weights(path, ("controlnet", "checkpoints"), dtype)
+    return _read(source, CONTROLNET_ANCHORS, detect_controlnet, iterate_controlnet, variant, dtype)
+
+
+def load_controlnet(
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> SanaControlNet:
+    """Load a ControlNet's branch, in eval mode. Arguments and errors as for `load_transformer`."""
+    config, state_dict = read_controlnet(path, variant=variant, dtype=dtype)
+    dtype = dtype or main_dtype(state_dict)
+    _require_computable(dtype, path)
+    return fill_model(SanaControlNet(config, device="meta", dtype=dtype), state_dict, path, device, dtype)
 
 
 def read_dc_ae(
@@ -202,6 +240,20 @@ def save_transformer(model: SanaTransformer, path: str | Path, *, layout: str = 
         CheckpointError: an unknown layout, or the file cannot be written.
     """
     _save(model, path, layout, transformer_rules, transformer_to_diffusers)
+
+
+def save_controlnet(model: SanaControlNet, path: str | Path, *, layout: str = "official") -> None:
+    """Write a ControlNet's branch as a .safetensors file under the official keys, at once or not at all.
+
+    Raises CheckpointError for another layout or kind of file, or if it cannot be written.
+    """
+    path = Path(path)
+    if layout != "official" or path.suffix not in (".safetensors", ".sft"):
+        raise CheckpointError(
+            f'{path} with layout {layout!r}: a ControlNet is written with layout "official" to a .safetensors file. '
+            "Diffusers' layout would hold the base model's embedders too, which the branch has not."
+        )
+    write_safetensors(model.state_dict(), path, {CONFIG_KEY: dump_config(model.config)})
 
 
 def save_dc_ae(model: DCAE, path: str | Path, *, layout: str = "official") -> None:

@@ -4,10 +4,21 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..checkpoint import load_dc_ae, load_transformer, save_dc_ae, save_transformer
+from ..checkpoint import (
+    load_controlnet,
+    load_dc_ae,
+    load_transformer,
+    save_controlnet,
+    save_dc_ae,
+    save_transformer,
+)
 from .models import DTYPES
 
-CONVERTERS = {"transformer": (load_transformer, save_transformer), "vae": (load_dc_ae, save_dc_ae)}
+CONVERTERS = {
+    "transformer": (load_transformer, save_transformer),
+    "vae": (load_dc_ae, save_dc_ae),
+    "controlnet": (load_controlnet, save_controlnet),
+}
 
 
 def add_parser(commands) -> None:
@@ -15,7 +26,8 @@ def add_parser(commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="rewrite weights in another layout",
-        description="Rewrite a transformer or an autoencoder as safetensors, under the official keys or diffusers'.",
+        description="Rewrite a transformer or an autoencoder as safetensors, under the official keys or diffusers'. "
+        "Of a ControlNet the branch alone is written, under the official keys, without the base model's weights.",
     )
     add = parser.add_argument
     add("network", choices=list(CONVERTERS), help="what the input holds")

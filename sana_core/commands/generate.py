@@ -52,6 +52,9 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="the share of the steps that --image is put through; the default is 0.5, and 1 with --mask",
     )
+    add("--controlnet", type=Path, help="file or folder of a ControlNet, which follows --control-image")
+    add("--control-image", type=Path, help="the lines to follow, white on black for HED; scaled and cut to the size")
+    add("--control-strength", type=float, help="how strictly to follow them; the default is 1")
     add(
         "--output",
         type=Path,
@@ -101,6 +104,7 @@ def add_drawing_options(parser: argparse.ArgumentParser) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """One picture for each prompt, all with the same seed, so that each can be made again on its own."""
+    _check_control(args)
     model_files(args)  # refuses what does not fit before a folder is made
     if args.prompt is None:
         prompts = read_prompt_file(args)  # before the models, which take longer to load than a mistake to show
@@ -164,12 +168,22 @@ def load_drawing(args: argparse.Namespace) -> Drawing:
     pipe = load_pipeline(args, files)
     for path, strength in args.lora:
         pipe.load_lora(path, strength)
+    if args.controlnet:
+        pipe.load_controlnet(args.controlnet)
+        files = files | {"controlnet": args.controlnet}
     return Drawing(pipe, files, source, load_drawer(args, pipe))
 
 
 def _source_paths(args: argparse.Namespace) -> dict[str, Path]:
-    """The pictures that the drawing starts from, by the pipeline's names for them."""
-    return {name: path for name in ("image", "mask") if (path := getattr(args, name))}
+    """The pictures that the drawing starts from or follows, by the pipeline's names for them."""
+    return {name: path for name in ("image", "mask", "control_image") if (path := getattr(args, name))}
+
+
+def _check_control(args: argparse.Namespace) -> None:
+    if bool(args.controlnet) != bool(args.control_image):
+        raise ValueError("--controlnet and --control-image belong together: give both, or neither")
+    if args.control_strength is not None and not args.controlnet:
+        raise ValueError("--control-strength given without --controlnet and --control-image")
 
 
 def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
@@ -182,6 +196,8 @@ def _settings(args: argparse.Namespace, pipe: SanaPipeline) -> dict:
     }
     if args.strength is not None:
         settings["strength"] = args.strength
+    if args.control_strength is not None:
+        settings["control_strength"] = args.control_strength
     if pipe.is_sprint:
         given = {"negative_prompt": args.negative_prompt, "shift": args.shift, **_guidance(args)}
         return settings | {name: value for name, value in given.items() if value and value != PAG_OFF}

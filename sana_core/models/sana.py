@@ -3,6 +3,7 @@
 Attribute names are the keys of the published checkpoints (NVlabs/Sana `sana_multi_scale.py`).
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import SanaConfig
 from ..kernels import REFERENCE, Kernels
+from .controlnet import Control, repeat_last
 from .layers import CaptionEmbedder, FinalLayer, PatchEmbed, SanaBlock, TimestepEmbedder, position_embedding
 
 GUIDANCE_SCALE = 0.1  # Sprint embeds a tenth of the guidance scale
@@ -19,13 +21,15 @@ GUIDANCE_SCALE = 0.1  # Sprint embeds a tenth of the guidance scale
 class ContextCache:
     """What all steps of a prompt share: each block's cross-attention keys and values, without the padding."""
 
+    features: Tensor  # [B, L, C], the embedded captions
     keys_values: tuple[tuple[Tensor, Tensor], ...]  # per block, [B, L, H, D] each
     mask: Tensor | None  # [B, L] bool; None where every caption is L long
 
     def rows(self, index: slice | Tensor) -> "ContextCache":
         """The captions of some rows, in the order of the index."""
         keys_values = tuple((k[index], v[index]) for k, v in self.keys_values)
-        return ContextCache(keys_values, None if self.mask is None else self.mask[index])
+        mask = None if self.mask is None else self.mask[index]
+        return ContextCache(self.features[index], keys_values, mask)
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class SanaTransformer(nn.Module):
         """
         context, mask = drop_padding(context, mask)
         context = self.attention_y_norm(self.y_embedder(context))
-        return ContextCache(tuple(block.cross_attn.keys_values(context) for block in self.blocks), mask)
+        keys_values = tuple(block.cross_attn.keys_values(context) for block in self.blocks)
+        return ContextCache(context, keys_values, mask)
 
     def embed_timestep(self, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Embedding [B, C] of the timestep [B], and of the guidance scale [B] where the model takes one.
@@ -119,6 +124,7 @@ class SanaTransformer(nn.Module):
         guidance: Tensor | None = None,
         *,
         perturbation: Perturbation | None = None,
+        control: Sequence[Control] = (),
     ) -> Tensor:
         """Predicts the velocity.
 
@@ -129,15 +135,19 @@ class SanaTransformer(nn.Module):
             mask: [B, L], bool or 0/1, 1 = attend. Part of a prepared context.
             guidance: [B] guidance scale, Sprint only.
             perturbation: which rows to predict a second time, with perturbed self-attention.
+            control: ControlNets, whose effects add up; perturbed rows are controlled like those that they copy.
 
         Returns:
             Velocity, shape of x; with a perturbation [B + rows, in_channels, h, w], the perturbed rows at the end.
 
         Raises:
-            ValueError: a caption has nothing to attend to, guidance or perturbation do not fit the model.
+            ValueError: a caption has nothing to attend to, guidance, perturbation or control do not fit the model.
         """
         if perturbation is not None:
             perturbation.check(self.config, len(x))
+        control = [one for one in control if one.strength]
+        for one in control:
+            one.check(self.config, x.shape)
         if not isinstance(context, ContextCache):
             context = self.prepare_context(context, mask)
         height, width = x.shape[-2:]
@@ -147,11 +157,20 @@ class SanaTransformer(nn.Module):
         if self.config.pos_embed_base is not None:
             tokens = tokens + position_embedding(self.config, height, width, x.device).to(tokens)
         layers = () if perturbation is None else perturbation.layers
+        branches: list[Iterator[Tensor]] = []
         for index, block in enumerate(self.blocks):
+            if control and index == 1:
+                branches = [
+                    one.residuals(self.x_embedder, tokens, context.features, context.mask, t0, height, width)
+                    for one in control
+                ]
             if layers and index == min(layers):
                 again = torch.arange(len(x) + perturbation.rows, device=x.device)
                 again[len(x) :] -= perturbation.rows
                 tokens, t, t0, context = tokens[again], t[again], t0[again], context.rows(again)
+            for branch in branches:
+                if (residual := next(branch, None)) is not None:
+                    tokens = tokens + repeat_last(residual, len(tokens))
             rows = perturbation.rows if index in layers else 0
             tokens = block(tokens, context.keys_values[index], context.mask, t0, height, width, rows)
         return self.final_layer(tokens, t).transpose(1, 2).unflatten(2, (height, width))

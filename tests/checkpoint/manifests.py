@@ -34,7 +34,7 @@ def fill(template: str, numbers: list[int]) -> str:
 
 
 def state_dict(kind: str, name: str, layout: str) -> dict[str, torch.Tensor]:
-    """Keys and shapes of one published file. `kind`: "transformer" or "dc_ae"."""
+    """Keys and shapes of one published file. `kind`: "transformer", "controlnet" or "dc_ae"."""
     return unfold(facts()[kind][name][layout])
 
 
@@ -43,4 +43,5 @@ def shapes(state_dict: dict[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 TRANSFORMERS = tuple(facts()["transformer"])
+CONTROLNETS = tuple(facts()["controlnet"])
 DC_AES = tuple(facts()["dc_ae"])

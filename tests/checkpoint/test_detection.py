@@ -297,16 +297,21 @@ def test_wrong_files_are_named(looks_like, keys, detect, noun):
 def test_published_files_are_described():
     described = {
         (kind, layout): {describe_keys(manifests.state_dict(kind, name, layout)) for name in names}
-        for kind, names in (("transformer", manifests.TRANSFORMERS), ("dc_ae", manifests.DC_AES))
+        for kind, names in (
+            ("transformer", manifests.TRANSFORMERS),
+            ("controlnet", manifests.CONTROLNETS),
+            ("dc_ae", manifests.DC_AES),
+        )
         for layout in manifests.LAYOUTS
     }
     assert described == {
         ("transformer", "official"): {"it looks like a Sana transformer"},
         ("transformer", "diffusers"): {"it looks like a Sana transformer (diffusers layout)"},
+        ("controlnet", "official"): {"it looks like a Sana ControlNet"},
+        ("controlnet", "diffusers"): {"it looks like a Sana ControlNet (diffusers layout)"},
         ("dc_ae", "official"): {"it looks like a DC-AE autoencoder"},
         ("dc_ae", "diffusers"): {"it looks like a DC-AE autoencoder (diffusers layout)"},
     }
-    assert describe_keys(manifests.unfold(manifests.facts()["controlnet"])) == "it looks like a Sana ControlNet"
     assert describe_keys(manifests.unfold(manifests.facts()["gemma"]["keys"])) == "it looks like a Gemma-2 text encoder"
 
 

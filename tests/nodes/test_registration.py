@@ -13,6 +13,8 @@ NODE_IDS = {  # never change once released
     "SanaDCAELoader",
     "SanaLoraLoader",
     "SanaDownloadModel",
+    "SanaControlNetLoader",
+    "SanaControlNetApply",
     "SanaPromptEncode",
     "SanaPromptsFromFile",
     "SanaEmptyLatent",
