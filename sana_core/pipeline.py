@@ -66,8 +66,8 @@ class SanaPipeline:
 
         variant: name of the transformer's preset, where the file alone cannot tell.
         device: None takes the GPU if there is one.
-        dtype: of the weights; None keeps the files', or takes float32 on a CPU, where narrower types are slower. The
-            autoencoder and the text encoder, which overflow in float16, get a wider type instead.
+        dtype: of the weights; None takes what the transformer was trained in and the other files' own, or float32 on a
+            CPU, where narrower types are slower. Autoencoder and text encoder overflow in float16 and get a wider type.
         Raises FileNotFoundError for what is missing, CheckpointError for a wrong file.
         """
         _require_paths(transformer=transformer, vae=vae, text_encoder=text_encoder)
@@ -75,7 +75,7 @@ class SanaPipeline:
         if dtype is None and device.type == "cpu":
             dtype = torch.float32
         return cls(
-            load_transformer(transformer, variant=variant, device=device, dtype=dtype),
+            _load_transformer(transformer, variant, device, dtype),
             load_dc_ae(vae, device=device, dtype=dtype),
             load_text_encoder(text_encoder, device=device, dtype=dtype),
             shift=shift,
@@ -371,6 +371,14 @@ def _require_paths(**paths: str | Path) -> None:
     missing = [f"{name} {path}" for name, path in paths.items() if not Path(path).exists()]
     if missing:
         raise FileNotFoundError(f"no such file or folder: {', '.join(missing)}")
+
+
+def _load_transformer(path: str | Path, variant: str | None, device: torch.device, dtype: torch.dtype | None):
+    if dtype is not None:
+        return load_transformer(path, variant=variant, device=device, dtype=dtype)
+    # Official files are wider than what they were trained in: they are narrowed before they take memory of a GPU.
+    transformer = load_transformer(path, variant=variant)
+    return transformer.to(device, getattr(torch, transformer.config.dtype))
 
 
 def _read_shift(folder: Path) -> float | None:

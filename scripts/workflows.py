@@ -91,7 +91,7 @@ async ({ name, api, groups, note, models, id }) => {
   reader.title = "Read me";
   reader.widgets[0].value = note;
   reader.pos = [-420 - GAP, TITLE];
-  reader.setSize([420, 400]);
+  reader.setSize([420, 560]);
   return JSON.stringify({ ...graph.serialize(), id, revision: 0, extra: {} });
 }
 """

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sana_core import SanaPipeline
+from sana_core import SanaPipeline, pipeline
 from sana_core.checkpoint import save_dc_ae, save_text_encoder, save_transformer
 from tests import loras, tiny
 
@@ -39,6 +39,17 @@ def test_float16_is_for_the_transformer_alone(files):
     loaded = SanaPipeline.from_files(**files, device="cpu", dtype=torch.float16)
     assert loaded.transformer.dtype == torch.float16
     assert {loaded.vae.dtype, loaded.text_encoder.dtype} <= {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("trained, asked", [("float16", None), ("bfloat16", None), ("bfloat16", torch.float32)])
+def test_a_gpu_gets_what_the_transformer_was_trained_in(files, tmp_path, trained, asked, monkeypatch):
+    """Official files are float32 throughout. The meta device, which transformers does not know, stands for a GPU."""
+    monkeypatch.setattr(pipeline, "load_text_encoder", lambda *_, **__: tiny.text_encoder())
+    path = tmp_path / "wide.safetensors"
+    save_transformer(tiny.transformer(dtype=trained), path)
+    loaded = SanaPipeline.from_files(**files | {"transformer": path}, device="meta", dtype=asked)
+    assert loaded.device.type == "meta" and loaded.transformer.dtype == (asked or getattr(torch, trained))
+    assert loaded.vae.dtype == torch.float32, "as its file"
 
 
 def test_missing_files_are_all_named(files, tmp_path):
