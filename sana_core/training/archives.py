@@ -44,19 +44,22 @@ def missing_shards(folder: Path, listing: Listing) -> None:
 def _index(tar: Path, name: str, listing: Listing) -> dict[str, dict[str, Content]]:
     """Samples of a tar: key -> extension in lower case -> content."""
     samples: dict[str, dict[str, Content]] = {}
-    size = tar.stat().st_size
+    size, end = tar.stat().st_size, 0
     try:
         with tarfile.open(tar, "r:") as archive:  # uncompressed: nothing else can be read at random places
             for member in archive:
+                end = member.offset_data + member.size
                 place, _, base = member.name.rpartition("/")
                 stem, _, extension = base.partition(".")
-                if not member.isreg() or not stem or member.offset_data + member.size > size:
+                if not member.isreg() or not stem or end > size:
                     continue
                 key = f"{place}/{stem}" if place else stem
                 contents = samples.setdefault(key, {})
                 if extension.lower() in contents:
                     listing.warn(f"{name}/{member.name}", "second file of the same name in a tar is not used")
                 contents.setdefault(extension.lower(), Content(tar, member.offset_data, member.size))
+        if size - end < tarfile.BLOCKSIZE:  # tarfile is content without the empty block that ends every tar
+            raise tarfile.ReadError("it has no end")
     except (tarfile.TarError, OSError) as error:
         listing.leave_out(name, "tar is damaged, cut short or compressed: the rest of it is not used", error)
     return samples

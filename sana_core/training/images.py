@@ -46,6 +46,8 @@ def read_size(source: Path | bytes, name: str | None = None) -> Size:
     """Size of the upright picture, of its header alone where the format allows it. Errors as `read_image`."""
     try:
         with _open(source) as image:
+            if image.format == "TIFF":
+                image.load()  # Pillow turns these itself, and which of its versions swaps the sides when differs
             sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations that swap the sides
             return Size(image.width, image.height) if sideways else Size(image.height, image.width)
     except Exception as error:  # as above
