@@ -83,12 +83,14 @@ def read_dataset(
     with ThreadPoolExecutor(WORKERS) as pool:
         findings = list(tqdm(pool.map(inspect, entries), "pictures", len(entries), leave=False, disable=not decode))
     listing.problems += [problem for _, problems, _ in findings for problem in problems]
-    if decode:
-        _warn_of_copies(entries, [digest for _, _, digest in findings], listing)
     samples = []
-    for entry, (size, _, _) in zip(entries, findings, strict=True):
-        if size is not None and (sample := _sample(entry, size, base, listing)) is not None:
-            samples += [sample] * entry.repeats
+    first_of: dict[str, str] = {}  # hash of the content -> name
+    for entry, (size, _, digest) in zip(entries, findings, strict=True):
+        if size is None or (sample := _sample(entry, size, base, listing)) is None:
+            continue
+        samples += [sample] * entry.repeats
+        if digest is not None and first_of.setdefault(digest, entry.name) != entry.name:
+            listing.warn(entry.name, "same content as another", first_of[digest])
     if not samples:
         raise DatasetError(_nothing_usable(folder, listing.problems))
     return Dataset(folder, base, tuple(samples), tuple(listing.problems))
@@ -192,16 +194,6 @@ def _decode(entry: Entry) -> Finding:
 
 def _unreadable(entry: Entry, error: Exception) -> Problem:
     return Problem(entry.name, "picture cannot be read", str(error).removeprefix(f"{entry.name}: "))
-
-
-def _warn_of_copies(entries: list[Entry], digests: list[str | None], listing: Listing) -> None:
-    first: dict[str, str] = {}
-    for entry, digest in zip(entries, digests, strict=True):
-        if digest is None:
-            continue
-        if digest in first:
-            listing.warn(entry.name, "same content as another", first[digest])
-        first.setdefault(digest, entry.name)
 
 
 def _sample(entry: Entry, size: Size, base: int, listing: Listing) -> Sample | None:

@@ -47,7 +47,7 @@ def _token_lines(dataset: Dataset, tokenizer: Tokenizer, chi: bool | str) -> Ite
     )
     cut = [(text, row) for text, row in tokens.items() if row.kept_text is not None]
     if cut:
-        yield f"Too long, the end is not read: {len(cut)} captions"
+        yield from ("", f"Used, but note: {len(cut)} x caption too long, its end is not read")
         yield from _first(
             f'{names[text]}: {row.prompt_tokens} tokens, cut after "...{row.kept_text[-40:]}"' for text, row in cut
         )
