@@ -19,8 +19,9 @@ def data(tmp_path):
     files = {"half.jpg": encoded(PICTURE, "JPEG")[:500], "half.txt": "half", "silent.png": PICTURE}
     for number in range(12):
         files |= {f"small{number:02d}.png": picture(60, 60), f"small{number:02d}.txt": "x"}
-    for name, caption in {"a": "a red cat", "b": "红色背景左边的熊猫", "long": "a red cat " * 200}.items():
-        files |= {f"sub/{name}.png": picture(256, 256, len(caption)), f"sub/{name}.txt": caption}
+    captions = {"a": "a red cat", "b": "红色背景左边的熊猫", "long": "a red cat " * 200}
+    for seed, (name, caption) in enumerate(captions.items()):
+        files |= {f"sub/{name}.png": picture(256, 256, seed), f"sub/{name}.txt": caption}
     files |= {"wide.webp": picture(400, 200), "wide.txt": "a red cat", "copy.webp": picture(400, 200)}
     return write(tmp_path / "data 数据", files | {"copy.txt": "a copy"})
 
