@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 
-from ..text import MAX_TOKENS, Tokenizer, tokenize_prompt
+from ..text import MAX_TOKENS, Tokenizer, instruction_text
 from .dataset import Dataset
 from .entries import Problem
 
@@ -39,7 +39,7 @@ def _bucket_lines(dataset: Dataset) -> Iterator[str]:
 
 def _token_lines(dataset: Dataset, tokenizer: Tokenizer, chi: bool | str) -> Iterator[str]:
     names = {caption.text: sample.name for sample in dataset.samples for caption in sample.captions}
-    tokens = {text: tokenize_prompt(tokenizer, text, chi) for text in names}
+    tokens = {text: tokenizer.tokenize(text, instruction_text(chi)) for text in names}
     counts = sorted(row.prompt_tokens for row in tokens.values())
     yield (
         f"{len(counts)} different captions of {counts[0]} to {counts[-1]} tokens, "
