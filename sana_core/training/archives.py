@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .captions import clean_caption
-from .entries import Content, Entry, Listing, read_caption_file
+from .entries import Content, Entry, Listing, printable, read_caption_file, relative_name
 from .images import EXTENSIONS
 from .sidecars import DEFAULT_KIND, Captions, Sidecars
 
@@ -21,9 +21,9 @@ WIDS_META = "wids-meta.json"  # NVlabs/Sana `tools/create_wids_metadata.py`: lis
 def read_archives(folder: Path, tars: Sequence[Path], sidecars: Sidecars, listing: Listing) -> None:
     """KEY.png, .jpg, .jpeg or .webp with KEY.json ({"prompt": ...}) or KEY.txt, in each of the tars."""
     for tar in tars:
-        name = tar.relative_to(folder).as_posix()
+        name = relative_name(tar, folder)
         for key, members in _index(tar, name, listing).items():
-            _add_sample(tar, f"{name}/{key}", key, members, sidecars, listing)
+            _add_sample(tar, f"{name}/{printable(key)}", key, members, sidecars, listing)
 
 
 def missing_shards(folder: Path, listing: Listing) -> None:
@@ -56,7 +56,9 @@ def _index(tar: Path, name: str, listing: Listing) -> dict[str, dict[str, Conten
                 key = f"{place}/{stem}" if place else stem
                 contents = samples.setdefault(key, {})
                 if extension.lower() in contents:
-                    listing.warn(f"{name}/{member.name}", "second file of the same name in a tar is not used")
+                    listing.warn(
+                        f"{name}/{printable(member.name)}", "second file of the same name in a tar is not used"
+                    )
                 contents.setdefault(extension.lower(), Content(tar, member.offset_data, member.size))
         if size - end < tarfile.BLOCKSIZE:  # tarfile is content without the empty block that ends every tar
             raise tarfile.ReadError("it has no end")

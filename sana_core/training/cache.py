@@ -156,7 +156,7 @@ def latent_key(content: bytes, bucket: Size) -> str:
 
 def caption_key(caption: str) -> str:
     """Under which the features of a caption are kept."""
-    return hashlib.sha256(caption.encode("utf-8", "surrogatepass")).hexdigest()
+    return hashlib.sha256(caption.encode()).hexdigest()
 
 
 def _cached(sample: Sample, latent: str) -> CachedSample:

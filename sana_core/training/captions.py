@@ -62,5 +62,9 @@ def decode_caption(content: bytes) -> str:
 
 
 def clean_caption(text: str) -> str:
-    """Composed Unicode (NFC), one kind of line end, no white space around it."""
+    """Composed Unicode (NFC), one kind of line end, no white space around it.
+
+    Half of a surrogate pair, which JSON can spell and no encoder can read, becomes U+FFFD.
+    """
+    text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n")).strip()

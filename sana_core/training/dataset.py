@@ -129,7 +129,7 @@ def _list_files(folder: Path) -> Listing:
     if (folder / METADATA).is_file():
         read_metadata(folder, listing)
         return listing
-    files = list(files_below(folder))
+    files = list(files_below(folder, listing))
     sidecars = Sidecars(_json_files(files), folder, listing)
     if (folder / META_DATA).is_file():
         read_meta_data(folder, files, sidecars, listing)

@@ -66,11 +66,25 @@ class Listing:
         self.problems.append(Problem(name, reason, str(detail), left_out=False))
 
 
-def files_below(folder: Path) -> Iterator[Path]:
+def files_below(folder: Path, listing: Listing) -> Iterator[Path]:
     """Every file of the folder and its sub-folders, sorted; hidden ones and the Finder's leftovers are not data."""
-    for place, folders, names in os.walk(folder):
+
+    def note(error: OSError) -> None:
+        listing.leave_out(relative_name(Path(error.filename), folder), "folder cannot be read", error.strerror)
+
+    for place, folders, names in os.walk(folder, onerror=note):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
         yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+
+
+def relative_name(path: Path, folder: Path) -> str:
+    """What a file of a data set is called in messages."""
+    return printable(path.relative_to(folder).as_posix())
+
+
+def printable(name: str) -> str:
+    """The name, with what is not Unicode in it spelled out: terminals and JSON files refuse it."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def read_caption_file(content: Content, name: str, listing: Listing) -> str | None:

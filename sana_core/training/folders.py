@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from .captions import Caption, clean_caption, decode_caption
-from .entries import Content, Entry, Listing, read_caption_file
+from .entries import Content, Entry, Listing, printable, read_caption_file, relative_name
 from .images import EXTENSIONS
 from .sidecars import DEFAULT_KIND, Captions, Sidecars
 
@@ -28,9 +28,9 @@ def read_pairs(folder: Path, files: Sequence[Path], sidecars: Sidecars, listing:
     for key, paths in pictures.items():
         captions = _captions_of(folder, key, texts, sidecars, listing)
         if captions is not None:
-            listing.entries += [Entry(_name(folder, path), Content(path), captions) for path in paths]
+            listing.entries += [Entry(relative_name(path, folder), Content(path), captions) for path in paths]
     for key in texts.keys() - pictures.keys():
-        listing.leave_out(_name(folder, texts[key]), "caption without a picture")
+        listing.leave_out(relative_name(texts[key], folder), "caption without a picture")
 
 
 def read_meta_data(folder: Path, files: Sequence[Path], sidecars: Sidecars, listing: Listing) -> None:
@@ -44,11 +44,11 @@ def read_meta_data(folder: Path, files: Sequence[Path], sidecars: Sidecars, list
         key = (folder / pure.parent, pure.stem if is_file_name else pure.name)
         found = [p for p in pictures.get(key, ()) if not is_file_name or p.suffix.lower() == pure.suffix.lower()]
         if not found:
-            listing.leave_out(name, f"named by {META_DATA}, but there is no picture of that name")
+            listing.leave_out(printable(name), f"named by {META_DATA}, but there is no picture of that name")
             continue
         captions = _captions_of(folder, key, texts, sidecars, listing)
         if captions is not None:
-            listing.entries.append(Entry(_name(folder, found[0]), Content(found[0]), captions, repeats))
+            listing.entries.append(Entry(relative_name(found[0], folder), Content(found[0]), captions, repeats))
 
 
 def read_metadata(folder: Path, listing: Listing) -> None:
@@ -58,7 +58,7 @@ def read_metadata(folder: Path, listing: Listing) -> None:
         try:
             if text := decode_caption(line):
                 _read_record(folder, name, json.loads(text), listing)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OSError, RecursionError) as error:  # OSError: a name that is too long
             listing.leave_out(name, "line cannot be read", error)
 
 
@@ -73,10 +73,10 @@ def _read_record(folder: Path, line: str, record: object, listing: Listing) -> N
     if PurePosixPath(file_name).is_absolute() or ".." in PurePosixPath(file_name).parts:
         raise ValueError(f"{file_name} is outside of the folder")
     if not (folder / file_name).is_file():
-        listing.leave_out(file_name, f"named by {METADATA}, but there is no such file", line)
+        listing.leave_out(printable(file_name), f"named by {METADATA}, but there is no such file", line)
         return
     captions = tuple(Caption(text) for text in map(clean_caption, texts) if text)
-    listing.entries.append(Entry(file_name, Content(folder / file_name), captions))
+    listing.entries.append(Entry(printable(file_name), Content(folder / file_name), captions))
 
 
 def _img_names(path: Path) -> list[str]:
@@ -107,7 +107,7 @@ def _captions_of(folder: Path, key: Key, texts: dict[Key, Path], sidecars: Sidec
     """The picture's captions; None where its caption file cannot be read, which is noted."""
     captions = Captions()
     if key in texts:
-        text = read_caption_file(Content(texts[key]), _name(folder, texts[key]), listing)
+        text = read_caption_file(Content(texts[key]), relative_name(texts[key], folder), listing)
         if text is None:
             return None
         captions.texts[DEFAULT_KIND] = text
@@ -120,11 +120,7 @@ def _warn_of_same_names(folder: Path, pictures: dict[Key, list[Path]], listing: 
     for (parent, stem), paths in pictures.items():
         folded.setdefault((parent, stem.casefold()), []).append(paths[0])
         for path in paths[1:]:
-            listing.warn(_name(folder, path), "shares its caption file", f"with {paths[0].name}")
+            listing.warn(relative_name(path, folder), "shares its caption file", f"with {paths[0].name}")
     for paths in folded.values():
         for path in paths[1:]:
-            listing.warn(_name(folder, path), "differs only in case from another", paths[0].name)
-
-
-def _name(folder: Path, path: Path) -> str:
-    return path.relative_to(folder).as_posix()
+            listing.warn(relative_name(path, folder), "differs only in case from another", paths[0].name)

@@ -14,7 +14,7 @@ from .buckets import cover_size
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
 BACKGROUND = "white"  # under transparent pictures
-LANCZOS_AREA = 2**21  # pixels: above every bucket of 1024 px, below every one of 2048 px, where upstream changes over
+LANCZOS_AREA = 2**21  # pixels: above every bucket of 1024 px, below every one of 2048 px
 
 
 class ImageError(ValueError):
@@ -63,7 +63,7 @@ def is_animated(source: Path | bytes) -> bool:
 def fit_to_bucket(image: Image.Image, height: int, width: int) -> Tensor:
     """Pixels [3, height, width] in 0..1: scaled to cover the bucket, then cut to it around the centre.
 
-    Bicubic, and Lanczos from 2048 px on, as in NVlabs/Sana `sana_data_multi_scale.py`.
+    Bicubic, and Lanczos from 2048 px on (NVlabs/Sana `sana_data_multi_scale.py`, which has bicubic again at 4096).
     """
     cover = cover_size(image.height, image.width, Size(height, width))
     resampling = Image.Resampling.LANCZOS if height * width > LANCZOS_AREA else Image.Resampling.BICUBIC

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .captions import Caption, clean_caption
-from .entries import Listing
+from .entries import Listing, relative_name
 
 DEFAULT_KIND = "prompt"  # of the caption in AAA.txt, or under "prompt" in a sample's JSON
 SCORES_END = "_clip_score"
@@ -35,19 +35,18 @@ class Sidecars:
 
     def __init__(self, files: Iterable[Path], folder: Path, listing: Listing):
         """`files` are all JSON files that may hold captions; what is wrong with them goes to `listing`."""
-        self._folder = folder
         self._listing = listing
         self._by_owner: dict[Path, list[tuple[str, str, object]]] = {}  # owner -> (file name, suffix, content)
         for path in files:
             try:
                 content = json.loads(path.read_text(encoding="utf-8-sig"))
             except (ValueError, OSError, RecursionError) as error:
-                listing.warn(self._name(path), "JSON file cannot be read", error)
+                listing.warn(relative_name(path, folder), "JSON file cannot be read", error)
                 continue
             for end in range(1, len(path.stem) + 1):
                 if end == len(path.stem) or path.stem[end] in SEPARATORS:
                     owner = path.with_name(path.stem[:end])
-                    self._by_owner.setdefault(owner, []).append((self._name(path), path.stem[end:], content))
+                    self._by_owner.setdefault(owner, []).append((relative_name(path, folder), path.stem[end:], content))
 
     def add_to(self, captions: Captions, owner: Path, key: str) -> None:
         """Add what is known of the picture `key`; `owner` is the path of picture or shard without its extension."""
@@ -78,9 +77,6 @@ class Sidecars:
             else:
                 self._listing.warn(name, "score is not a number", f"{kind}: {value!r}")
         return scores
-
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self._folder).as_posix()
 
 
 def _texts(values: dict, suffix: str, known: dict[str, str]) -> dict[str, str]:

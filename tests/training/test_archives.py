@@ -105,3 +105,10 @@ def test_what_is_no_tar_is_named(tmp_path, content):
     dataset = read_dataset(tmp_path, 256)
     assert texts(dataset) == {"a.png": ["a"]}
     assert "tar is damaged, cut short or compressed" in reasons(dataset)["bad.tar"]
+
+
+def test_of_two_files_of_one_name_the_first_is_used(tmp_path):
+    write_tar(tmp_path / "x.tar", {"a.jpg": in_tar(), "a.txt": "first", "a.TXT": "second"})
+    dataset = read_dataset(tmp_path, 256)
+    assert texts(dataset) == {"x.tar/a.jpg": ["first"]}
+    assert reasons(dataset) == {"x.tar/a.TXT": "second of its name in the tar is not used"}

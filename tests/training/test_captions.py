@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from sana_core.training.captions import Caption, CaptionChoice, decode_caption
+from sana_core.training.captions import Caption, CaptionChoice, clean_caption, decode_caption
 
 OFFICIAL = CaptionChoice()
 
@@ -77,3 +77,8 @@ def test_caption_files(content, text):
 def test_other_encodings_are_refused(content, said):
     with pytest.raises(ValueError, match=said):
         decode_caption(content)
+
+
+def test_half_an_emoji_can_be_encoded_all_the_same():
+    assert clean_caption("a \ud83d cat") == "a \ufffd cat"
+    assert clean_caption("a \ud83d\udc3c") == "a 🐼"

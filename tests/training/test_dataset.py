@@ -1,6 +1,7 @@
 """Every layout of a data set, and what becomes of bad files in each."""
 
 import json
+import os
 import unicodedata
 from collections import Counter
 
@@ -58,7 +59,7 @@ def test_accents_are_the_same_however_composed(tmp_path):
 
 
 def test_official_meta_data_repeats(tmp_path):
-    names = ["a", "b.jpg", "a", "sub/c", "gone", "a"]
+    names = ["a", "b.jpg", "a", "sub/c", "gone", "a", "\ud83d"]
     write(
         tmp_path,
         {
@@ -76,7 +77,9 @@ def test_official_meta_data_repeats(tmp_path):
     )
     dataset = read_dataset(tmp_path, 256)
     assert Counter(sample.name for sample in dataset.samples) == {"a.png": 3, "b.jpg": 1, "sub/c.webp": 1}
-    assert reasons(dataset) == {"gone": "named by meta_data.json, but there is no picture of that name"}
+    assert reasons(dataset) == dict.fromkeys(
+        ["gone", "\\ud83d"], "named by meta_data.json, but there is no picture of that name"
+    )
     assert texts(dataset)["a.png"] == ["first line\nsecond line"]
 
 
@@ -157,6 +160,7 @@ def test_metadata_jsonl(tmp_path):
         json.dumps({"file_name": "a.png", "text": 5}).encode(),
         '{"file_name": "a.png", "text": "über"}'.encode("latin-1"),
         json.dumps({"file_name": "silent.png"}).encode(),
+        json.dumps({"file_name": "long" * 100, "text": "x"}).encode(),
     ]
     write(
         tmp_path / "data",
@@ -165,7 +169,7 @@ def test_metadata_jsonl(tmp_path):
     write(tmp_path, {"secret.png": PICTURE})
     dataset = read_dataset(tmp_path / "data", 256)
     assert texts(dataset) == {"a.png": ["a cat"], "sub/ü.jpg": ["一", "two"]}
-    unreadable = {f"metadata.jsonl line {number}": "line cannot be read" for number in (4, 6, 7, 8, 9, 10)}
+    unreadable = {f"metadata.jsonl line {number}": "line cannot be read" for number in (4, 6, 7, 8, 9, 10, 12)}
     assert reasons(dataset) == unreadable | {
         "gone.png": "named by metadata.jsonl, but there is no such file",
         "silent.png": "no caption",
@@ -319,3 +323,25 @@ def test_the_order_does_not_depend_on_the_disk(tmp_path):
         write(tmp_path / "two", {name: PICTURE, name.replace("png", "txt"): "x"})
     orders = [[sample.name for sample in read_dataset(tmp_path / folder, 256).samples] for folder in ("one", "two")]
     assert orders == [["1.png", "2.png", "3.png"]] * 2
+
+
+def test_a_name_that_is_not_utf_8_can_be_printed(tmp_path):
+    write(tmp_path, {"a.png": PICTURE, os.fsdecode(b"b\xff.png"): PICTURE, os.fsdecode(b"b\xff.txt"): "b"})
+    dataset = read_dataset(tmp_path, 256)
+    assert texts(dataset) == {"b\\udcff.png": ["b"]}
+    dataset.samples[0].name.encode()
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    write(tmp_path, {"a.png": PICTURE, "a.txt": "a", "locked/b.png": PICTURE, "locked/b.txt": "b"})
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    dataset = read_dataset(tmp_path, 256)
+    assert texts(dataset) == {"a.png": ["a"]}
+    assert list(map(str, dataset.problems)) == ["locked: folder cannot be read (Permission denied)"]
