@@ -56,9 +56,7 @@ def _index(tar: Path, name: str, listing: Listing) -> dict[str, dict[str, Conten
                 key = f"{place}/{stem}" if place else stem
                 contents = samples.setdefault(key, {})
                 if extension.lower() in contents:
-                    listing.warn(
-                        f"{name}/{printable(member.name)}", "second file of the same name in a tar is not used"
-                    )
+                    listing.warn(f"{name}/{printable(member.name)}", "second of its name in the tar is not used")
                 contents.setdefault(extension.lower(), Content(tar, member.offset_data, member.size))
         if size - end < tarfile.BLOCKSIZE:  # tarfile is content without the empty block that ends every tar
             raise tarfile.ReadError("it has no end")

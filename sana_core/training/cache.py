@@ -61,7 +61,7 @@ class Cache:
     def fill(
         self, dataset: Dataset, on_progress: OnProgress | None = None
     ) -> tuple[tuple[CachedSample, ...], list[Problem]]:
-        """Encode what is not there yet, with a progress bar on the terminal.
+        """Encode what is not there yet, with progress bars on the terminal: one for captions, one for pictures.
 
         It may be killed at any time, and goes on from there when called again. Several processes may fill one cache.
 
@@ -78,22 +78,21 @@ class Cache:
         unique = list(dict.fromkeys(dataset.samples))
         captions = list(dict.fromkeys(["", *(caption.text for sample in unique for caption in sample.captions)]))
         names = {caption.text: sample.name for sample in unique for caption in sample.captions}
-        progress = _Progress(len(unique) + len(captions), on_progress)
+        count = _Counter(len(unique) + len(captions), on_progress)
         problems: list[Problem] = []
         keys: dict[Sample, str] = {}
         try:
-            for caption in captions:
+            for caption in tqdm(captions, "captions", leave=False):
                 self._add_features(caption, names.get(caption, "the empty caption"))
-                progress.step()
-            for sample, content in _read_ahead(self._read, unique):
+                count.step()
+            for sample, content in tqdm(_read_ahead(self._read, unique), "latents", len(unique), leave=False):
                 if isinstance(content, ImageError):
                     detail = str(content).removeprefix(f"{sample.name}: ")
                     problems.append(Problem(sample.name, "picture cannot be read", detail))
                 else:
                     keys[sample] = self._add_latents(sample, *content)
-                progress.step()
+                count.step()
         finally:
-            progress.close()
             self._latents.flush()
             self._features.flush()
         if not keys:
@@ -187,20 +186,17 @@ def _finished(sample: Sample, future) -> tuple[Sample, object]:
     return sample, future.result()
 
 
-class _Progress:
-    """A bar with the time that is left on the terminal, and the callback."""
+class _Counter:
+    """Tells the callback how far the filling is."""
 
     def __init__(self, total: int, on_progress: OnProgress | None):
-        self._bar = tqdm(total=total, desc="latents and captions", unit="", leave=False)
+        self._done, self._total = 0, total
         self._on_progress = on_progress
 
     def step(self) -> None:
-        self._bar.update()
+        self._done += 1
         if self._on_progress is not None:
-            self._on_progress(self._bar.n, self._bar.total)
-
-    def close(self) -> None:
-        self._bar.close()
+            self._on_progress(self._done, self._total)
 
 
 def fingerprint(samples: Iterable[CachedSample]) -> str:

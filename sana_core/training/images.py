@@ -16,6 +16,8 @@ EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
 BACKGROUND = "white"  # under transparent pictures
 LANCZOS_AREA = 2**21  # pixels: above every bucket of 1024 px, below every one of 2048 px
 
+PNG_ORIENTATION_MARKS = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # names of chunks and of texts
+
 
 class ImageError(ValueError):
     """A picture that cannot be read: says which, and why."""
@@ -48,6 +50,8 @@ def read_size(source: Path | bytes, name: str | None = None) -> Size:
         with _open(source) as image:
             if image.format == "TIFF":
                 image.load()  # Pillow turns these itself, and which of its versions swaps the sides when differs
+            if image.format == "PNG" and not _may_be_turned(source):
+                return Size(image.height, image.width)
             sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)  # orientations that swap the sides
             return Size(image.width, image.height) if sideways else Size(image.height, image.width)
     except Exception as error:  # as above
@@ -76,6 +80,12 @@ def fit_to_bucket(image: Image.Image, height: int, width: int) -> Tensor:
 
 def _open(source: Path | bytes) -> Image.Image:
     return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def _may_be_turned(png: Path | bytes) -> bool:
+    """Whether the file can hold an orientation: Pillow decodes all of a PNG to look for one behind the picture."""
+    content = png if isinstance(png, bytes) else png.read_bytes()
+    return any(mark in content for mark in PNG_ORIENTATION_MARKS)
 
 
 def _name(source: Path | bytes) -> str:

@@ -195,3 +195,22 @@ def test_lanczos_from_2048_pixels_on(side, resampling):
     expected = np.asarray(image.resize((side, side), Image.Resampling[resampling]))
     pixels = (fit_to_bucket(image, side, side) * 255).round().byte()
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), expected)
+
+
+def test_an_orientation_behind_the_picture_counts_too():
+    """Where ExifTool puts it; Pillow writes it ahead of the picture."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encoded(picture(64, 32), exif=exif)
+    chunk = content.index(b"eXIf") - 4
+    end = chunk + 12 + int.from_bytes(content[chunk : chunk + 4], "big")
+    last = content.index(b"IEND") - 4
+    moved = content[:chunk] + content[end:last] + content[chunk:end] + content[last:]
+    assert moved != content and len(moved) == len(content)
+    assert read_size(moved) == read_size(content) == Size(64, 32)
+    assert read_image(moved).size == (32, 64)
+
+
+def test_the_size_of_a_png_is_read_without_decoding_it():
+    content = encoded(picture(300, 200))
+    assert read_size(content[:200]) == Size(200, 300)
