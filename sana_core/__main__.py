@@ -6,10 +6,11 @@ import sys
 
 import torch
 
-from .commands import convert, download, evaluate, generate, grid
+from .commands import convert, download, evaluate, generate, grid, train
 
 COMMANDS = {
     "generate": generate,
+    "train": train,
     "grid": grid,
     "evaluate": evaluate,
     "convert": convert,

@@ -358,7 +358,7 @@ def test_convert_says_what_a_wrong_file_is(files, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["convert"]])
+@pytest.mark.parametrize("command", [[], ["generate"], ["train"], ["convert"]])
 def test_help_names_every_command(command, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*command, "--help"])

@@ -8,7 +8,7 @@ from .configuration import CONFIG_KEY, config_tensor, dump_config
 from .detection import detect_controlnet, detect_dc_ae, detect_transformer
 from .families import DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_prefix
 from .files import CheckpointError, read_state_dict
-from .gemma import load_text_encoder, save_text_encoder
+from .gemma import load_text_encoder, load_tokenizer, save_text_encoder
 from .keys import convert_controlnet, convert_dc_ae, convert_transformer
 from .lora import Lora, convert_lora, read_lora
 from .quantization import scaled_layers, without_scales
@@ -45,6 +45,7 @@ __all__ = [
     "load_controlnet",
     "load_dc_ae",
     "load_text_encoder",
+    "load_tokenizer",
     "load_transformer",
     "read_controlnet",
     "read_dc_ae",

@@ -59,6 +59,13 @@ def load_text_encoder(
     return TextEncoder(model, tokenizer)
 
 
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer of a text encoder, without its weights. `path` and errors as above."""
+    source = locate_weights(path, ("text_encoder",))
+    state_dict, _ = read_files(source.files)  # mapped, not read
+    return _read_tokenizer(state_dict.get(TOKENIZER_KEY), source)
+
+
 def _file_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
     """Float16 weights are never the better ones to read."""
     return torch.bfloat16 if dtype == torch.float16 else dtype

@@ -1,0 +1,96 @@
+"""What every layout of a data set is read into: pictures with their captions, and problems."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .captions import Caption, decode_caption
+
+
+@dataclass(frozen=True)
+class Content:
+    """Where the bytes of a file are: in a file of its own, or in a stretch of a tar."""
+
+    path: Path
+    offset: int = 0
+    size: int | None = None  # None: to the end of the file
+
+    def read(self) -> bytes:
+        """The bytes. Raises OSError."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(-1 if self.size is None else self.size)
+
+    def source(self) -> Path | bytes:
+        """What `read_size` needs: the path of a whole file, so that only its header is read."""
+        return self.path if self.size is None else self.read()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One picture as the layout lists it; nothing of it has been read but its captions."""
+
+    name: str  # path relative to the data set
+    content: Content
+    captions: tuple[Caption, ...]  # empty if it has none
+    repeats: int = 1  # how often it counts
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with one file."""
+
+    name: str  # path relative to the data set
+    reason: str  # the same words for all files with it, so that they can be counted
+    detail: str = ""
+    left_out: bool = True  # False: it is used all the same
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
+
+
+@dataclass
+class Listing:
+    """What was found in a data set so far."""
+
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+
+    def leave_out(self, name: str, reason: str, detail: object = "") -> None:
+        """Note a file that is not used."""
+        self.problems.append(Problem(name, reason, str(detail)))
+
+    def warn(self, name: str, reason: str, detail: object = "") -> None:
+        """Note a file that is used all the same."""
+        self.problems.append(Problem(name, reason, str(detail), left_out=False))
+
+
+def files_below(folder: Path, listing: Listing) -> Iterator[Path]:
+    """Every file of the folder and its sub-folders, sorted; hidden ones and the Finder's leftovers are not data."""
+
+    def note(error: OSError) -> None:
+        listing.leave_out(relative_name(Path(error.filename), folder), "folder cannot be read", error.strerror)
+
+    for place, folders, names in os.walk(folder, onerror=note):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__MACOSX")
+        yield from (Path(place, name) for name in sorted(names) if not name.startswith("."))
+
+
+def relative_name(path: Path, folder: Path) -> str:
+    """What a file of a data set is called in messages."""
+    return printable(path.relative_to(folder).as_posix())
+
+
+def printable(name: str) -> str:
+    """The name, with what is not Unicode in it spelled out: terminals and JSON files refuse it."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def read_caption_file(content: Content, name: str, listing: Listing) -> str | None:
+    """Text of a caption file, "" for an empty one; None where it cannot be read, which is noted."""
+    try:
+        return decode_caption(content.read())
+    except (ValueError, OSError) as error:
+        listing.leave_out(name, "caption cannot be read", error)
+        return None
