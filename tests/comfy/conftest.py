@@ -23,12 +23,21 @@ def start(comfyui, tiny_models, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(start) -> Server:
-    return start()
+    return start("--cpu")
 
 
 @pytest.fixture(scope="session")
 def half_precision_server(start) -> Server:
-    return start("--fp16-vae", "--fp16-text-enc")
+    return start("--cpu", "--fp16-vae", "--fp16-text-enc")
+
+
+@pytest.fixture(scope="module")
+def gpu_server(request, comfyui, tiny_models, tmp_path_factory):
+    """A server on the GPU with the options that the test names, stopped after its module: they share one GPU."""
+    server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), ROOT, tiny_models, *request.param)
+    server.wait_until_up()
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -49,7 +49,7 @@ class Server:
         (base / "custom_nodes" / "ComfyUI-Sana").symlink_to(pack)
         (base / "models").symlink_to(models)
         command = [
-            sys.executable, str(comfyui / "main.py"), "--cpu", "--port", str(self.port), "--base-directory", str(base),
+            sys.executable, str(comfyui / "main.py"), "--port", str(self.port), "--base-directory", str(base),
             "--preview-method", "latent2rgb", "--disable-api-nodes", "--disable-auto-launch",
             "--database-url", "sqlite:///:memory:", *options,
         ]  # fmt: skip
