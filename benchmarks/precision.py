@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from sana_core.config import TRANSFORMERS
+from sana_core.evaluation import scenes
+from sana_core.evaluation.judge import evaluate
+from sana_core.evaluation.nano import draw_scenes
 from sana_core.kernels import REFERENCE
 from sana_core.models.layers import SanaBlock
-from scripts.nano import evaluate, scenes
 from scripts.nano.score import load_nano
-from scripts.nano.transformer import draw_pictures
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +127,8 @@ def measure(count: int) -> dict[str, dict]:
     for name, precision in PRECISIONS.items():
         pipe = load_nano("cpu")
         precision.apply(pipe.transformer)
-        pictures[name] = np.stack(draw_pictures(pipe, wanted, "en"))
-        scores = evaluate.evaluate(pictures[name], wanted)
+        pictures[name] = np.stack(draw_scenes(pipe, wanted, "en"))
+        scores = evaluate(pictures[name], wanted)
         figures[name] = {
             **{f"psnr_to_{other}": psnr(pictures[name], pictures[other]) for other in BASES if other in pictures},
             "scores": {part: getattr(scores, part) for part in ("background", "place", "subject")},
