@@ -42,7 +42,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What else happens in a run; each is called on every rank.
+    """What else happens in a run; each is called on every rank, since a shared out model needs them all to compute.
 
     An exception out of `on_step`, ComfyUI's interrupt among them, ends the run after its state was saved.
     """
