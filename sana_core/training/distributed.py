@@ -106,6 +106,8 @@ class FSDP(_Group):
     def prepare(self, model: SanaTransformer) -> nn.Module:
         from torch.distributed.fsdp import fully_shard
 
+        if not all(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("A model is shared out to train all its weights; a LoRA is trained without sharing out.")
         mesh = dist.init_device_mesh(self.device.type, (self.world_size,))
         for block in model.blocks:
             # keys and values are computed before the block is called, so they gather their weights by themselves

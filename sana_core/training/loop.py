@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -113,6 +114,7 @@ def train(
             for block in model.blocks:
                 block.compile()
 
+        autocast = partial(torch.autocast, ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16")
         bad_steps = 0
         upcoming = ahead.submit(source.batch, position)
         for step in range(first_step, config.steps):
@@ -129,9 +131,8 @@ def train(
                 upcoming = ahead.submit(source.batch, position)
                 size = len(batch.names)
                 positions = [(part * size + index) * ranks.world_size + ranks.rank for index in range(size)]
-                autocast = torch.autocast(ranks.device.type, torch.bfloat16, enabled=config.precision == "bf16")
                 with ranks.backward_pass(prepared, last=part == config.accumulation - 1):
-                    with autocast:
+                    with autocast():
                         loss = objective(prepared, batch, sample_generators(config.seed, step, positions)) * size
                     loss.backward()
                 loss_sum, count = loss_sum + loss.detach(), count + size
@@ -171,7 +172,7 @@ def train(
             if done % config.log_every == 0 or last:
                 reporter.log(progress)
             if hooks.validate is not None and config.validate_every and (done % config.validate_every == 0 or last):
-                with average.applied() as averaged:
+                with average.applied() as averaged, autocast():
                     reporter.write(done, hooks.validate(averaged))
             if hooks.sample is not None and config.sample_every and (done % config.sample_every == 0 or last):
                 with average.applied() as averaged:

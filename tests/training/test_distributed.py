@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sana_core.training.distributed import Single, from_environment
+from sana_core.training.distributed import FSDP, Single, from_environment
+from sana_core.training.lora import add_adapters
+from tests import tiny
 
 PROGRAM = str(Path(__file__).with_name("micro.py"))
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -97,3 +99,10 @@ def test_sharing_out_needs_several_processes(monkeypatch):
     assert type(from_environment("cpu")) is Single
     with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
         from_environment("cpu", shard=True)
+
+
+def test_a_lora_is_not_shared_out():
+    model = tiny.transformer()
+    add_adapters(model, 2)
+    with pytest.raises(ValueError, match="a LoRA is trained without"):
+        FSDP.__new__(FSDP).prepare(model)

@@ -234,6 +234,14 @@ def test_a_lora_is_trained_and_saved_without_the_frozen_weights(tmp_path):
     assert any(value.abs().max() > 0 for name, value in saved.items() if ".up." in name)
 
 
+def test_a_lora_beside_bfloat16_weights_is_validated(tmp_path):
+    model, losses = tiny.transformer().to(torch.bfloat16), []
+    add_adapters(model, 2)
+    hooks = Hooks(validate=lambda model: losses.append(validation_loss(model, [micro.Samples(2).batch(0)])) or {})
+    run(tmp_path, model, steps=2, precision="bf16", validate_every=1, learning_rate=0.1, hooks=hooks)
+    assert len(losses) == 2 and losses[0]["validation_loss"] != losses[1]["validation_loss"]
+
+
 def test_what_cannot_be_trained_is_refused(tmp_path):
     with pytest.raises(ValueError, match="trainable weights are bfloat16.*float32"):
         run(tmp_path, tiny.transformer().to(torch.bfloat16))
