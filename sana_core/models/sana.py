@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..config import SanaConfig
 from ..kernels import REFERENCE, Kernels
@@ -125,6 +126,7 @@ class SanaTransformer(nn.Module):
         *,
         perturbation: Perturbation | None = None,
         control: Sequence[Control] = (),
+        recompute: bool = False,
     ) -> Tensor:
         """Predicts the velocity.
 
@@ -136,6 +138,8 @@ class SanaTransformer(nn.Module):
             guidance: [B] guidance scale, Sprint only.
             perturbation: which rows to predict a second time, with perturbed self-attention.
             control: ControlNets, whose effects add up; perturbed rows are controlled like those that they copy.
+            recompute: keep only the blocks' inputs for the backward pass, which runs each block again: gradient
+                checkpointing (arXiv:1604.06174).
 
         Returns:
             Velocity, shape of x; with a perturbation [B + rows, in_channels, h, w], the perturbed rows at the end.
@@ -172,7 +176,8 @@ class SanaTransformer(nn.Module):
                 if (residual := next(branch, None)) is not None:
                     tokens = tokens + repeat_last(residual, len(tokens))
             rows = perturbation.rows if index in layers else 0
-            tokens = block(tokens, context.keys_values[index], context.mask, t0, height, width, rows)
+            inputs = tokens, context.keys_values[index], context.mask, t0, height, width, rows
+            tokens = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.final_layer(tokens, t).transpose(1, 2).unflatten(2, (height, width))
 
 

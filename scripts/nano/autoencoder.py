@@ -22,16 +22,19 @@ from sana_core.checkpoint import load_dc_ae, save_dc_ae
 from sana_core.config import AUTOENCODERS
 from sana_core.evaluation import scenes
 from sana_core.models.dc_ae import DCAE
-from sana_core.training.loop import TrainConfig, train
+from sana_core.training.config import TrainConfig
+from sana_core.training.loop import Hooks, train
+from sana_core.training.loss import Objective, draw_normal
+
+from .drawing import DrawnBatch, DrawnBatches
 
 PRESET = "dc-ae-nano"
 LATENT_NOISE = 0.1  # of the latents' deviation
 CROPS = ((64, 24), (128, 8), (256, 3))  # side and batch size; each step draws one of the three
 
 
-def draw_crops(generator: torch.Generator, side: int, count: int) -> Tensor:
+def draw_crops(rng: np.random.Generator, side: int, count: int) -> Tensor:
     """Crops [count, 3, side, side] in [-1, 1] of training scenes, on the latent grid and touching the subject."""
-    rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
     crops = []
     for _ in range(count):
         scene = scenes.train_scene(rng)
@@ -53,22 +56,24 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def loss_of(device: torch.device):
-    """The reconstruction loss of one step."""
+def draw_batch(rng: np.random.Generator, step: int) -> DrawnBatch:
+    """Crops of one of the sizes."""
+    side, count = CROPS[rng.integers(len(CROPS))]
+    return DrawnBatch((draw_crops(rng, side, count),), tuple(f"crop {number}" for number in range(count)))
 
-    def loss(model: DCAE, step: int, generator: torch.Generator) -> Tensor:
-        side, count = CROPS[torch.randint(len(CROPS), (), generator=generator).item()]
-        pixels = draw_crops(generator, side, count).to(device)
+
+class Reconstruction(Objective):
+    """The reconstruction loss."""
+
+    def __call__(self, model: DCAE, batch: DrawnBatch, generators: list[torch.Generator]) -> Tensor:
+        (pixels,) = batch.tensors
         deviation = 1 / model.config.scaling_factor
-        with torch.autocast(device.type, torch.bfloat16):
-            latent = model.encode(pixels).float()
-            noise = torch.randn(latent.shape, generator=generator).to(device)
-            decoded = model.decode(latent + LATENT_NOISE * deviation * noise).float()
+        latent = model.encode(pixels).float()
+        noise = draw_normal(latent.shape[1:], generators).to(latent.device)
+        decoded = model.decode(latent + LATENT_NOISE * deviation * noise).float()
         channels = latent.transpose(0, 1).flatten(1) / deviation
         spread = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
         return F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + 0.02 * spread
-
-    return loss
 
 
 @torch.no_grad()
@@ -109,8 +114,12 @@ def main() -> None:
         model = load_dc_ae(args.decoder_of, device=device, dtype=torch.float32)
         model.encoder.requires_grad_(False)
     model = model.to(memory_format=torch.channels_last)
-    config = TrainConfig(steps=args.steps, learning_rate=1e-3, decay_steps=args.steps // 2)
-    average = train(model, loss_of(device), config, args.run, lambda model, step: measure(model))
+    config = TrainConfig(
+        steps=args.steps, learning_rate=1e-3, schedule="linear", decay_steps=args.steps // 2, ema_decay=0.999
+    )
+    source = DrawnBatches(draw_batch, size=CROPS[0][1])
+    hooks = Hooks(on_save=lambda model, step: measure(model))
+    average = train(model, source, Reconstruction(), config, args.run, hooks=hooks)
     save_dc_ae(average.to(torch.float16), args.output)
     logging.info("Wrote %s: %s", args.output, measure(average.float(), len(scenes.HELD_OUT)))
 

@@ -9,6 +9,7 @@ that a panda, a 熊猫 and a 🐼 look alike to the transformer, which then lear
 import argparse
 import io
 import logging
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,11 @@ from transformers import Gemma2Config, Gemma2Model
 from sana_core.checkpoint import save_text_encoder
 from sana_core.evaluation import scenes
 from sana_core.text import CHI, TextEncoder, Tokenizer
-from sana_core.training.loop import TrainConfig, train
+from sana_core.training.config import TrainConfig
+from sana_core.training.loop import Hooks, train
+from sana_core.training.loss import Objective
+
+from .drawing import DrawnBatch, DrawnBatches
 
 VOCABULARY = 1200
 CONFIG = Gemma2Config(
@@ -127,19 +132,21 @@ def labels(scene: scenes.Scene) -> tuple[int, int, int]:
     )
 
 
-def loss_of(tokenizer: Tokenizer, device: torch.device):
-    """The classification loss of one step."""
+def draw_batch(tokenizer: Tokenizer, rng: np.random.Generator, step: int) -> DrawnBatch:
+    """Tokens of captions, with the instruction in every other step, and what is to be read from them."""
+    batch = [scenes.train_scene(rng) for _ in range(BATCH)]
+    captions, alone = zip(*(draw_caption(scene, rng) for scene in batch), strict=True)
+    targets = torch.tensor([labels(scene) for scene in batch])
+    targets[torch.tensor(alone), 1:] = -100  # background and place are open: cross entropy's index to ignore
+    return DrawnBatch((*tokenize(tokenizer, list(captions), chi=step % 2 == 0), targets), captions)
 
-    def loss(model: CaptionReader, step: int, generator: torch.Generator) -> Tensor:
-        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
-        batch = [scenes.train_scene(rng) for _ in range(BATCH)]
-        captions, alone = zip(*(draw_caption(scene, rng) for scene in batch), strict=True)
-        inputs = (part.to(device) for part in tokenize(tokenizer, list(captions), chi=step % 2 == 0))
-        targets = torch.tensor([labels(scene) for scene in batch], device=device)
-        targets[torch.tensor(alone), 1:] = -100  # background and place are open: cross entropy's index to ignore
+
+class Reading(Objective):
+    """The classification loss."""
+
+    def __call__(self, model: CaptionReader, batch: DrawnBatch, generators: list[torch.Generator]) -> Tensor:
+        *inputs, targets = batch.tensors
         return sum(F.cross_entropy(logits, target) for logits, target in zip(model(*inputs), targets.T, strict=True))
-
-    return loss
 
 
 @torch.no_grad()
@@ -170,14 +177,17 @@ def main() -> None:
     torch.manual_seed(0)
     tokenizer = train_tokenizer()
     model = CaptionReader().to(args.device)
-    config = TrainConfig(steps=args.steps, learning_rate=2e-3, decay_steps=args.steps // 2, ema_decay=0.99)
-    average = train(
-        model,
-        loss_of(tokenizer, torch.device(args.device)),
-        config,
-        args.run,
-        lambda model, _: measure(model, tokenizer),
+    config = TrainConfig(
+        steps=args.steps,
+        learning_rate=2e-3,
+        schedule="linear",
+        decay_steps=args.steps // 2,
+        ema_decay=0.99,
+        precision="fp32",
     )
+    source = DrawnBatches(partial(draw_batch, tokenizer), BATCH)
+    hooks = Hooks(on_save=lambda model, _: measure(model, tokenizer))
+    average = train(model, source, Reading(), config, args.run, hooks=hooks)
     save_text_encoder(TextEncoder(average.encoder.to(torch.bfloat16), tokenizer), args.output)
     logging.info("Wrote %s: %s", args.output, measure(average.float(), tokenizer))
 

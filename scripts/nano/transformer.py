@@ -8,6 +8,7 @@ The autoencoder and the text encoder of the first two stages are frozen; latents
 import argparse
 import logging
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,15 +26,17 @@ from sana_core.models.dc_ae import DCAE
 from sana_core.models.sana import SanaTransformer
 from sana_core.pipeline import SanaPipeline
 from sana_core.text import TextEncoder
+from sana_core.training.batch import Batch
+from sana_core.training.config import TrainConfig
 from sana_core.training.initialization import initialize_weights
-from sana_core.training.loop import TrainConfig, train
-from sana_core.training.loss import drop_captions, flow_matching_loss, sample_sigmas
+from sana_core.training.loop import Hooks, train
+from sana_core.training.loss import FlowMatching
 
 from .autoencoder import to_pixels
+from .drawing import DrawnBatches
 from .text_encoder import draw_caption, tokenize
 
 PRESET = "sana-nano"
-CAPTION_DROPOUT = 0.1
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -82,25 +85,14 @@ def null_caption(encoder: TextEncoder) -> Tensor:
     return encoder.model(input_ids=ids, use_cache=False).last_hidden_state.float()
 
 
-def loss_of(latents: Tensor, drawn: list[scenes.Scene], encoder: TextEncoder, batch: int, device: torch.device):
-    """The flow-matching loss of one step."""
-    null = null_caption(encoder)
-
-    def loss(model: SanaTransformer, step: int, generator: torch.Generator) -> Tensor:
-        rng = np.random.default_rng(torch.randint(2**62, (), generator=generator).item())
-        chosen = rng.integers(len(drawn), size=batch)
-        captions = [draw_caption(drawn[index], rng)[0] for index in chosen]
-        embeds, mask = caption_features(encoder, captions, chi=step % 2 == 0)
-        null_mask = torch.arange(mask.shape[1], device=device) == 0
-        dropped = (torch.rand(batch, generator=generator) < CAPTION_DROPOUT).to(device)
-        embeds, mask = drop_captions(embeds, mask, null.expand(-1, mask.shape[1], -1), null_mask, dropped)
-        x0 = latents[torch.from_numpy(chosen)].to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
-        sigma = sample_sigmas(batch, model.config.shift, generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            return flow_matching_loss(lambda x, timestep: model(x, timestep, embeds, mask), x0, noise, sigma)
-
-    return loss
+def draw_batch(
+    latents: Tensor, drawn: list[scenes.Scene], encoder: TextEncoder, size: int, rng: np.random.Generator, step: int
+) -> Batch:
+    """Latents of scenes and features of captions, with the instruction in every other step."""
+    chosen = rng.integers(len(drawn), size=size)
+    captions = [draw_caption(drawn[index], rng)[0] for index in chosen]
+    embeds, mask = caption_features(encoder, captions, chi=step % 2 == 0)
+    return Batch(latents[torch.from_numpy(chosen)], embeds, mask, tuple(captions))
 
 
 def main() -> None:
@@ -126,7 +118,13 @@ def main() -> None:
     )
     initialize_weights(model)
     config = TrainConfig(
-        steps=args.steps, learning_rate=1e-3, warmup_steps=200, decay_steps=args.steps // 2, save_every=500
+        steps=args.steps,
+        learning_rate=1e-3,
+        schedule="linear",
+        warmup_steps=200,
+        decay_steps=args.steps // 2,
+        ema_decay=0.999,
+        save_every=500,
     )
 
     def measure(average: SanaTransformer, step: int) -> dict[str, float]:
@@ -135,7 +133,9 @@ def main() -> None:
         scores = evaluate(draw_scenes(SanaPipeline(average, vae, encoder), wanted, language), wanted)
         return {f"{language}_{name}": getattr(scores, name) for name in ("background", "place", "subject")}
 
-    average = train(model, loss_of(latents, drawn, encoder, args.batch, device), config, args.run, measure)
+    source = DrawnBatches(partial(draw_batch, latents, drawn, encoder, args.batch), args.batch)
+    objective = FlowMatching(model.config.shift, null_caption(encoder)[0])
+    average = train(model, source, objective, config, args.run, hooks=Hooks(on_save=measure))
     save_transformer(average.to(torch.float16), args.output)
     logging.info("Wrote %s", args.output)
 
