@@ -5,10 +5,11 @@ from math import ceil
 
 from benchmarks.contest import OURS, PEER
 
+COMPILED_NAME = f"{PEER}, compiled"
 INK, FAINT, GRID = "#1f2933", "#6b7785", "#dfe3e8"
 FASTER, SLOWER, COMPILED = "#2f7dd1", "#c9772b", "#12355b"
-LABELS, BARS, VALUES = 300, 480, 70  # widths of the columns
-TOP, STEP, THICKNESS, BOTTOM = 74, 24, 14, 44
+LABELS, BARS, VALUES = 350, 450, 90  # widths of the columns
+TOP, STEP, THICKNESS, BOTTOM = 74, 27, 14, 44
 
 
 def bars(results: dict) -> str:
@@ -65,14 +66,11 @@ def _bar(name: str, ratios: dict[str, float], y: float, scale: float) -> str:
         f"{escape(name)}: {ratio:.2f}</title></rect>"
     )
     parts.append(_text(LABELS + max(length, scale) + 8, middle, f"{ratio:.2f}", INK, "start", 'font-weight="600"'))
-    if (compiled := ratios.get(f"{PEER}, compiled")) is not None:
-        x = LABELS + scale * compiled
-        parts.append(
-            f'<path d="M{x:.1f} {y + THICKNESS + 1} l-5 7 h10 z" fill="{COMPILED}"><title>diffusers, compiled: '
-            f"{compiled:.2f}</title></path>"
-        )
-        label = f"diffusers, compiled {compiled:.2f}"
-        parts.append(_text(x + 8, y + THICKNESS + 9, label, FAINT, "start", 'font-size="9"'))
+    if (compiled := ratios.get(COMPILED_NAME)) is not None:
+        top, length = y + THICKNESS + 1, scale * compiled
+        parts.append(f'<rect x="{LABELS}" y="{top}" width="{length:.1f}" height="5" rx="2" fill="{COMPILED}"/>')
+        end = LABELS + max(length, scale) + 8
+        parts.append(_text(end, top + 7, f"{COMPILED_NAME}: {compiled:.2f}", FAINT, "start", 'font-size="10"'))
     return "\n".join(parts)
 
 

@@ -30,7 +30,6 @@ from sana_core.pipeline import prepare_noise
 from sana_core.text import CaptionCache
 
 GUIDANCE, PAG, STEPS, SPRINT_STEPS = 4.5, 2.0, 20, 2
-COMPILED = "diffusers, compiled"
 KEPT_CAPTION, KEPT_FEATURES = "the caption's keys and values", "text features"
 KEPT_NEGATIVE = "text features of the negative prompt"
 
@@ -208,4 +207,4 @@ def _compile(work):
 
 
 def _compiled(run: Callable[[], Tensor], network: nn.Module) -> Contestant:
-    return Contestant(COMPILED, run, (network,))
+    return Contestant(f"{PEER}, compiled", run, (network,))
