@@ -74,16 +74,20 @@ def _read(path: Path) -> str:
 
 
 def _commit() -> str:
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    """Of the code; results and README.md, which a run writes, do not count as changes."""
+    commit = _ask("git", "-C", str(HERE), "rev-parse", "--short", "HEAD")
+    changed = _ask("git", "-C", str(HERE.parent), "status", "--porcelain", "sana_core", "benchmarks/*.py")
+    return f"{commit or 'unknown'}{'-dirty' if changed else ''}"
 
 
 def _clocks() -> str | None:
-    """The GPU's clocks and load, as its driver tells them."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,utilization.gpu,driver_version", "--format=csv,noheader"]
+    """The GPU's clocks, load and driver, as the driver tells them."""
+    query = "clocks.sm,clocks.mem,utilization.gpu,driver_version"
+    return _ask("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
+
+
+def _ask(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
