@@ -2,8 +2,9 @@
 
 import logging
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
+from .notice import notice
 from .vae import TILING, SanaVAE
 
 log = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class SanaDCAEEncode(io.ComfyNode):
                     "latent", display_name="LATENT", tooltip="Latent for Sana Sampler, with denoise below 1."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -96,11 +98,11 @@ class SanaDCAEEncode(io.ComfyNode):
         """The latent, and what was cropped as text for the user interface."""
         compression = vae.spacial_compression_encode()
         latent = _with_tiling(vae, tiling, tile_size).encode(pixels)
-        notice = _crop_notice(pixels.shape[1], pixels.shape[2], compression)
-        if notice is None:
-            return io.NodeOutput({"samples": latent})
-        log.warning("%s", notice)
-        return io.NodeOutput({"samples": latent}, ui=ui.PreviewText(notice))
+        cropped = _crop_notice(pixels.shape[1], pixels.shape[2], compression)
+        if cropped:
+            log.warning("%s", cropped)
+        whole = f"{pixels.shape[2]}x{pixels.shape[1]} px"  # takes the place of what another picture left on the node
+        return io.NodeOutput({"samples": latent}, ui=notice(cropped or whole, cls.hidden))
 
 
 def _crop_notice(height: int, width: int, compression: int) -> str | None:

@@ -4,11 +4,11 @@ import logging
 
 from comfy.text_encoders.pixeldit import PixelDiTGemma2Tokenizer
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..sana_core.styles import NO_STYLE, STYLES, apply_style
 from ..sana_core.text import CHI, Tokenizer, Tokens, instruction_text
 from .clip import PromptTokenizer
+from .notice import notice
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,8 @@ class SanaPromptEncode(io.ComfyNode):
         """A conditioning [1, 300, C] with its attention mask. Raises ValueError for a CLIP that is no Gemma-2."""
         chi = instruction if use_instruction and instruction.strip() else False
         tokens, sequence = _tokenize(clip, _styled(style, text), chi)
-        _show(sequence, cls.hidden)
-        return io.NodeOutput(clip.encode_from_tokens_scheduled(tokens))
+        conditioning = clip.encode_from_tokens_scheduled(tokens)
+        return io.NodeOutput(conditioning, ui=notice(_length(sequence), cls.hidden))
 
 
 def _tokenize(clip, text: str, chi: str | bool) -> tuple[dict, Tokens]:
@@ -107,10 +107,7 @@ def _styled(choice: str, text: str) -> str:
     return prompt if name == choice else negative
 
 
-def _show(sequence: Tokens, hidden) -> None:
-    """Write on the node how long the text is, and what was left out of it, where a front end listens."""
-    server = getattr(PromptServer, "instance", None)
-    if server is None or hidden is None:
-        return
+def _length(sequence: Tokens) -> str:
+    """How long the text is, and what was left out of it."""
     warning = f"\n\N{WARNING SIGN} {sequence.warning}" if sequence.warning else ""
-    server.send_progress_text(f"{sequence.count}{warning}", hidden.unique_id)
+    return f"{sequence.count}{warning}"

@@ -5,11 +5,12 @@ from pathlib import Path
 import comfy.model_management
 import comfy.utils
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from comfy_execution.graph_utils import ExecutionBlocker
 
 from ..sana_core.hub import download
 from ..sana_core.published import PUBLISHED, PublishedFile, with_parts
+from .notice import notice
 
 _OUTPUTS = {  # in this order; by ComfyUI's folder
     "diffusion_models": ("model_name", "Load Sana Model"),
@@ -50,6 +51,7 @@ class SanaDownloadModel(io.ComfyNode):
                 io.Combo.Output(name, display_name=name, tooltip=f"File for {loader}.")
                 for name, loader in _OUTPUTS.values()
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -59,7 +61,7 @@ class SanaDownloadModel(io.ComfyNode):
         paths = [path for path, _ in download(files, _folder, watch=_progress(files))]
         names = {file.folder: file.filename for file in files}
         outputs = [names.get(folder) or ExecutionBlocker(_missing(folder, model)) for folder in _OUTPUTS]
-        return io.NodeOutput(*outputs, ui=ui.PreviewText(_report(files, paths)))
+        return io.NodeOutput(*outputs, ui=notice(_report(files, paths), cls.hidden))
 
 
 def _chosen(model: str, parts: bool) -> list[PublishedFile]:

@@ -90,7 +90,14 @@ class SanaXYGrid(io.ComfyNode):
         (grid,) = layout
         wide = [rearrange(batch[..., :3], "b h w c -> 1 c h (b w)").clamp(0, 1) for batch in images]
         pictures = [picture for batch in wide for picture in to_pictures(batch)]
-        sheet = draw_grid(pictures, grid.x.labels, grid.y.labels)
+        columns, rows = grid.x.labels, grid.y.labels
+        if len(pictures) != len(columns) * len(rows):
+            raise ValueError(
+                f"{len(pictures)} pictures came for {len(columns)} columns and {len(rows)} rows. Connect x and y of "
+                "the same Sana X/Y Values to nodes that these pictures come from; what only one row or column "
+                "depends on is drawn for it alone."
+            )
+        sheet = draw_grid(pictures, columns, rows)
         return io.NodeOutput(torch.from_numpy(np.array(sheet)).float().div(255)[None])
 
 

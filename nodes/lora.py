@@ -4,11 +4,12 @@ import logging
 
 import comfy.weight_adapter
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sana_core.checkpoint import read_lora
 from ..sana_core.models.lora import LoraLayer
 from ..sana_core.models.sana import SanaTransformer
+from .notice import notice
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class SanaLoraLoader(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output("model", display_name="MODEL", tooltip="The model with the LoRA.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -58,7 +60,7 @@ class SanaLoraLoader(io.ComfyNode):
         patched = model.clone()
         patched.add_patches(dict(map(_patch, lora.layers)), strength_model)
         log.log(logging.WARNING if lora.unmatched else logging.INFO, "%s: %s", lora_name, lora.summary)
-        return io.NodeOutput(patched, ui=ui.PreviewText(f"{lora_name}: {lora.summary}"))
+        return io.NodeOutput(patched, ui=notice(f"{lora_name}: {lora.summary}", cls.hidden))
 
 
 def _patch(layer: LoraLayer):

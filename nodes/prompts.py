@@ -5,10 +5,11 @@ import logging
 from pathlib import Path
 
 import folder_paths
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sana_core.prompts import PromptFile, read_prompts
 from ..sana_core.resolution import INFERENCE_ASPECT_RATIOS, Size
+from .notice import notice
 from .sampling import seed_input
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class SanaPromptsFromFile(io.ComfyNode):
                     tooltip="A file name for each picture, for the filename prefix of Save Image.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -118,7 +120,7 @@ class SanaPromptsFromFile(io.ComfyNode):
             [size.height for size in sizes],
             [seed if entry.seed is None else entry.seed for entry in entries],
             [entry.name for entry in entries],
-            ui=ui.PreviewText("\n".join([summary, *remarks])),
+            ui=notice("\n".join([summary, *remarks]), cls.hidden),
         )
 
 

@@ -3,7 +3,7 @@
 import logging
 
 import comfy.model_management
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from einops import rearrange
 from torch import nn
 
@@ -12,6 +12,7 @@ from ..sana_core.evaluation.clip import ClipScorer
 from ..sana_core.evaluation.nano import NanoScorer
 from ..sana_core.pictures import to_pictures
 from .model_files import find_model, list_model_folders
+from .notice import notice
 from .patcher import WholePatcher
 
 log = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class SanaPickBest(io.ComfyNode):
                 ),
                 io.Float.Output("best_score", display_name="best_score", tooltip="The score of the best picture."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -113,4 +115,4 @@ class SanaPickBest(io.ComfyNode):
         order = ranking(scores)
         text = "\n".join(f"{index}: {scores[index]:.4f}" for index in order)
         log.info("scores of the batch, best first:\n%s", text)
-        return io.NodeOutput(images[order[:count]], order[0], scores[order[0]], ui=ui.PreviewText(text))
+        return io.NodeOutput(images[order[:count]], order[0], scores[order[0]], ui=notice(text, cls.hidden))

@@ -16,6 +16,7 @@ COMMANDS = {
     "convert": convert,
     "download": download,
 }
+INTERRUPTED = 128 + 2  # the exit status that shells give to Ctrl-C
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("error: stopped\n")
+        return INTERRUPTED
     return 0
 
 

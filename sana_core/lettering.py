@@ -4,6 +4,7 @@ Pillow brings a font of its own, which knows Latin letters but no Chinese and no
 system, character by character.
 """
 
+import itertools
 import logging
 import unicodedata
 from functools import cache
@@ -48,8 +49,8 @@ def wrap_text(text: str, size: int, width: int, lines: int) -> list[str]:
             line += word
             continue
         wrapped, line = [*wrapped, line.rstrip()] if line.strip() else wrapped, word
-        while text_width(line.rstrip(), size) > width and len(line) > 1:
-            fit = next(end for end in range(len(line) - 1, 0, -1) if end == 1 or text_width(line[:end], size) <= width)
+        while text_width(line.rstrip(), size) > width and len(line) > 1 and len(wrapped) <= lines:
+            fit = _fitting(line, size, width)
             wrapped, line = [*wrapped, line[:fit]], line[fit:]
     wrapped = [*wrapped, line.rstrip()] if line.strip() else wrapped
     if len(wrapped) <= lines:
@@ -58,6 +59,12 @@ def wrap_text(text: str, size: int, width: int, lines: int) -> list[str]:
     while last and text_width(last + "…", size) > width:
         last = last[:-1]
     return [*wrapped[: lines - 1], last + "…"]
+
+
+def _fitting(text: str, size: int, width: int) -> int:
+    """How many letters, at least one, `width` pixels hold."""
+    ends = itertools.accumulate(text_width(character, size) for character in text)
+    return max(1, sum(1 for _ in itertools.takewhile(lambda end: end <= width, ends)))
 
 
 def text_width(text: str, size: int) -> int:

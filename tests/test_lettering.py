@@ -79,6 +79,15 @@ def test_long_words_are_broken_and_nothing_is_lost():
     assert wrap_text("WWW", 20, 1, 9) == ["W", "W", "W"], "one letter a line, where none fits"
 
 
+def test_the_work_grows_with_the_text_and_not_with_its_square(monkeypatch):
+    """A paragraph of Chinese is one word, and a graph may hold any text."""
+    asked = []
+    monkeypatch.setattr(lettering, "_advance", lambda character, size: asked.append(character) or 10)
+    lines = wrap_text("猫" * 20_000, 20, 100, 4)
+    assert lines == ["猫" * 10] * 3 + ["猫" * 9 + "…"]
+    assert len(asked) < 20 * 20_000
+
+
 def test_what_exceeds_the_lines_ends_in_an_ellipsis():
     lines = wrap_text("one two three four five six seven", 20, 90, 2)
     assert len(lines) == 2 and lines[1].endswith("…") and text_width(lines[1], 20) <= 90

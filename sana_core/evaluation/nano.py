@@ -34,8 +34,17 @@ class NanoScorer:
     """
 
     def __call__(self, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-        """One score for each picture of 256 x 256 pixels. Raises ValueError where a prompt names nothing of nano's."""
+        """One score for each picture of 256 x 256 pixels.
+
+        Raises ValueError for pictures of another size, and where a prompt names nothing of nano's.
+        """
         wanted = [named_parts(prompt) for prompt in prompts]
+        for picture in pictures:
+            if picture.size != (SIDE, SIDE):
+                raise ValueError(
+                    f"sana-nano's scorer judges pictures of {SIDE} x {SIDE} pixels, and one has "
+                    f"{picture.width} x {picture.height}. Draw them in that size, or choose a CLIP scorer"
+                )
         guesses = [score(np.asarray(picture.convert("RGB"))) for picture in pictures]
         return [_hits(guess, parts) + guess.likeness for guess, parts in zip(guesses, wanted, strict=True)]
 

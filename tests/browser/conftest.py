@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 @pytest.fixture(scope="module")
 def address(comfyui, chromium, tiny_models, tmp_path_factory):
     """Where a ComfyUI listens that has the models of the pack and a tiny one."""
-    server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), ROOT, tiny_models)
+    server = Server(comfyui, tmp_path_factory.mktemp("comfyui"), ROOT, tiny_models, "--cpu")
     try:
         server.wait_until_up()
         yield f"http://127.0.0.1:{server.port}"

@@ -76,6 +76,34 @@ def test_drop_run_and_drop_the_picture_back(page, address, tmp_path):
     assert nodes_on(page) == before
 
 
+PICK_BEST = """
+() => {
+  const add = (type, values) => {
+    const node = LiteGraph.createNode(type);
+    app.graph.add(node);
+    for (const [name, value] of Object.entries(values))
+      node.widgets.find((widget) => widget.name === name).value = value;
+    return node;
+  };
+  const images = add("EmptyImage", { width: 256, height: 256, batch_size: 2 });
+  const scorer = add("SanaScorerLoader", { scorer_name: "sana-nano" });
+  const best = add("SanaPickBest", { prompt: "a panda" });
+  images.connect(0, best, "images");
+  scorer.connect(0, best, "scorer");
+  best.connect(0, add("PreviewImage", {}), "images");
+}
+"""
+
+
+def test_what_a_node_says_is_written_on_it(page):
+    page.evaluate("app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    page.wait_for_function("app.graph.nodes.length === 0")
+    page.evaluate(PICK_BEST)
+    page.get_by_test_id("queue-button").click()
+    said = "app.graph.nodes.find((node) => node.type === 'SanaPickBest').widgets.map((widget) => String(widget.value))"
+    page.wait_for_function(f"{said}.includes('0: 0.0000\\n1: 0.0000')", timeout=60_000)
+
+
 def test_the_templates_are_listed_with_thumbnails(page, address):
     templates = page.request.get(f"{address}/api/workflow_templates").json()
     (pack,) = [pack for pack, names in templates.items() if DEFAULT in names]

@@ -68,7 +68,7 @@ def test_a_list_that_lost_a_picture_is_refused(server, graph, models):
     node = graph.add("SanaXYValues", x_values="2, 4", y_values="1, 4.5")
     image = graph.add("EmptyImage", width=96, height=64, batch_size=1, color=0x3366CC)
     save(graph, graph.add("SanaXYGrid", images=image, layout=[node[0], 2]))
-    assert "1 pictures for a grid of 2 columns and 2 rows" in server.run(graph).error["exception_message"]
+    assert "1 pictures came for 2 columns and 2 rows" in server.run(graph).error["exception_message"]
 
 
 def test_the_best_of_a_batch_and_its_latent(server, graph, models, pipeline, tiny_models):
@@ -85,7 +85,7 @@ def test_the_best_of_a_batch_and_its_latent(server, graph, models, pipeline, tin
     pictures = pipeline([PROMPT] * 3, seed=7, **options)
     scores = load_scorer(f"clip:{folder}")(pictures, ["a red cat"] * 3)
     order = ranking(scores)
-    (shown,) = run.outputs[node[0]]["text"]
+    shown = run.texts[node[0]]
     assert [int(line.split(":")[0]) for line in shown.splitlines()] == order
     assert [float(line.split(":")[1]) for line in shown.splitlines()] == pytest.approx(
         [scores[index] for index in order], abs=0.5
@@ -103,4 +103,4 @@ def test_nano_knows_its_own_pictures_only(server, graph):
     image = graph.add("EmptyImage", width=96, height=64, batch_size=2, color=0x3366CC)
     scorer = graph.add("SanaScorerLoader", scorer_name="sana-nano")
     save(graph, graph.add("SanaPickBest", images=image, scorer=scorer, prompt="a panda", count=1))
-    assert "(64, 96, 3)" in server.run(graph).error["exception_message"]
+    assert "one has 96 x 64" in server.run(graph).error["exception_message"]

@@ -56,7 +56,7 @@ def test_both_loaders_draw_the_same(server, graph, models, files):
 def test_the_node_shows_what_matched(server, graph, models, files):
     loader = graph.add("SanaLoraLoader", model=models[0], lora_name="split.safetensors", strength_model=0.7)
     save_latent(graph, sample(graph, (loader, *models[1:])))
-    shown = str(finished(server, graph).outputs[loader[0]]["text"])
+    shown = finished(server, graph).texts[loader[0]]
     assert "8 of 8 keys matched, 4 weights changed" in shown
 
 

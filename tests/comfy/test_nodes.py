@@ -228,7 +228,7 @@ def test_image_to_image(server, graph, models):
     save(graph, graph.add("VAEDecode", samples=kept, vae=models[2]))
     run = finished(server, graph)
     assert server.images(run)[0].size == (96, 64)
-    assert "from 100x70 to 96x64" in str(run.outputs[latent[0]]["text"])
+    assert "from 100x70 to 96x64" in run.texts[latent[0]]
     assert "from 100x70 to 96x64" in server.text()
 
 

@@ -53,7 +53,7 @@ def test_a_picture_for_each_prompt(server, graph, models, write):
     node = draw(graph, models, write("a red cat --hw 64:96\nbad --ar\n红色背景左边的熊猫 --hw 96:64\n"))
     run = finished(server, graph)
     assert names_of(run) == ["a_red_cat_00001_.png", "红色背景左边的熊猫_00001_.png"]
-    assert "prompts.txt, line 2: '--ar' is not understood" in str(run.outputs[node]["text"])
+    assert "prompts.txt, line 2: '--ar' is not understood" in run.texts[node]
     cat, panda = server.images(run)
     assert (cat.size, panda.size) == ((96, 64), (64, 96))
 

@@ -61,7 +61,7 @@ def shown(node, part, monkeypatch):
     """What the front end is told: (node, text) pairs."""
     told = []
     server = SimpleNamespace(send_progress_text=lambda text, node_id: told.append((node_id, text)))
-    monkeypatch.setattr(part("nodes.conditioning").PromptServer, "instance", server, raising=False)
+    monkeypatch.setattr(part("nodes.notice").PromptServer, "instance", server, raising=False)
     monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="12"), raising=False)
     return told
 

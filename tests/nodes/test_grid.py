@@ -60,5 +60,5 @@ def test_a_batch_stands_side_by_side(values, sheet):
 
 def test_another_number_of_pictures_is_refused(values, sheet):
     layout = values("1,2,3", "4,5")[2]
-    with pytest.raises(ValueError, match="5 pictures for a grid of 3 columns and 2 rows: expected 6"):
+    with pytest.raises(ValueError, match="5 pictures came for 3 columns and 2 rows. Connect x and y"):
         sheet([torch.zeros(1, 32, 32, 3)] * 5, layout)
