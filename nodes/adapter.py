@@ -24,13 +24,15 @@ from ..sana_core.checkpoint import check_weights, config_tensor, read_transforme
 from ..sana_core.config import TRANSFORMERS, SanaConfig
 from ..sana_core.finite import require_finite
 from ..sana_core.models.controlnet import Control
-from ..sana_core.models.sana import SanaTransformer
+from ..sana_core.models.sana import ContextCache, SanaTransformer
+from .contexts import PreparedContexts
 from .hooks import Hooks
 
 log = logging.getLogger(__name__)
 
 SPRINT_GUIDANCE = "sana_sprint_guidance"  # in a conditioning: the scale that Sprint embeds; only its sampler sets it
 FLOOR_TIMESTEPS = "sana_floor_timesteps"  # in transformer_options: feed whole timesteps, as official Flow-DPM does
+CONTEXT = "sana_context"  # in transformer_options: the prepared captions, or the features that may become them
 CONTROL = "sana"  # in what core calls a control: the tuple of Controls, which run within the transformer
 
 _PREVIEW_FACTORS = json.loads(Path(__file__).with_name("preview_factors.json").read_text(encoding="utf-8"))
@@ -91,6 +93,9 @@ class ComfySana(SanaTransformer):
         if guidance is not None:
             guidance = torch.full((len(x),), guidance, device=x.device)
         controls = _sana_controls(control)
+        prepared = transformer_options.get(CONTEXT)
+        if isinstance(prepared, ContextCache):
+            context, attention_mask = prepared, None
         with ExitStack() as patched:
             for hooks in (self.hooks, *(one.net.hooks for one in controls)):
                 patched.enter_context(hooks.using(transformer_options))
@@ -133,6 +138,43 @@ class SanaModel(comfy.model_base.BaseModel):
         super().__init__(model_config, comfy.model_base.ModelType.FLOW, device=device, unet_model=ComfySana)
         if model_config.unet_config["config"].guidance_embed:
             self.model_sampling = SprintSampling(model_config)
+        self.prepared_contexts = PreparedContexts()
+
+    def apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006, core's signature
+        """Denoised x. Remembers the features as core made them, since wrappers around _apply_model may change them."""
+        options = {**transformer_options, CONTEXT: c_crossattn}
+        return super().apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
+        options = dict(transformer_options)
+        made = options.pop(CONTEXT, None)
+        if c_crossattn is not None and made is c_crossattn and self._keeps_context(options):
+            options[CONTEXT] = self._prepare_context(x.device, c_crossattn, kwargs.get("attention_mask"), options)
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+    def _keeps_context(self, options: dict) -> bool:
+        """Whether captions and weights stay as they are for all steps of the run, and there is memory to spare."""
+        patcher = self.current_patcher
+        kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+        return bool(
+            patcher is not None
+            and patcher.current_hooks is None
+            and patcher.forced_hooks is None
+            and not self.model_lowvram
+            and "model_function_wrapper" not in patcher.model_options
+            and options.get("uuids")
+            and not comfy.patcher_extension.get_all_wrappers(kind, options)
+            and not torch.is_grad_enabled()
+        )
+
+    def _prepare_context(self, device, context: Tensor, mask: Tensor | None, options: dict) -> ContextCache:
+        dtype = self.get_dtype_inference()
+        # Inference tensors cannot be met by a later step that is not in inference mode itself.
+        weights = (self.current_weight_patches_uuid, self.diffusion_model.dtype, torch.is_inference_mode_enabled())
+        key = (*weights, dtype, device, context.shape)
+        return self.prepared_contexts.get(
+            options["uuids"], key, lambda: self.diffusion_model.prepare_context(context.to(device, dtype), mask)
+        )
 
     def process_timestep(self, timestep, **_):
         """Timesteps in 0..1000 whatever ModelSamplingAuraFlow or ModelSamplingFlux, who use 0..1, were put in.

@@ -5,8 +5,10 @@ Source: NVlabs/Sana `diffusion/model/nets/sana_blocks.py`, `basic_modules.py`, `
 """
 
 import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SanaConfig
@@ -15,15 +17,29 @@ from ..kernels import Kernels
 FLOAT16_MAX = 65504.0
 
 
+def on_weights(conv: nn.Module, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]) -> nn.Module:
+    """The convolution, computed by `compute(x, weight, bias)`.
+
+    That is where torch and comfy.ops do the arithmetic, after they have cast, moved and patched the weights.
+    """
+    conv._conv_forward = compute
+    return conv
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1 convolution with weight [O, I, 1, 1] of tokens [B, N, I]: one GEMM, and contiguous tokens again."""
+    return F.linear(x, weight.flatten(1), bias)
+
+
 class PatchEmbed(nn.Module):
     """Latent [B, in_channels, h, w] to tokens [B, h * w, C]."""
 
     def __init__(self, config: SanaConfig, operations, **factory):
         super().__init__()
-        self.proj = operations.Conv2d(config.in_channels, config.hidden_size, 1, **factory)
+        self.proj = on_weights(operations.Conv2d(config.in_channels, config.hidden_size, 1, **factory), pointwise)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        return self.proj(x.flatten(2).transpose(1, 2))
 
 
 def position_embedding(config: SanaConfig, height: int, width: int, device: torch.device) -> Tensor:
@@ -163,20 +179,18 @@ class GLUMBConv(nn.Module):
         super().__init__()
         size = config.hidden_size
         hidden = int(size * config.mlp_ratio)
-        self.kernels = kernels
-        self.act = nn.SiLU()
-        self.inverted_conv = ConvLayer(operations.Conv2d(size, 2 * hidden, 1, **factory))
-        self.depth_conv = ConvLayer(
-            operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory)
-        )
-        self.point_conv = ConvLayer(operations.Conv2d(hidden, size, 1, bias=False, **factory))
+        inverted = operations.Conv2d(size, 2 * hidden, 1, **factory)
+        depthwise = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory)
+        point = operations.Conv2d(hidden, size, 1, bias=False, **factory)
+        self.inverted_conv = ConvLayer(on_weights(inverted, pointwise))
+        self.depth_conv = ConvLayer(on_weights(depthwise, kernels.gated_depthwise))
+        self.point_conv = ConvLayer(on_weights(point, pointwise))
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        # tokens seen as a channels-last picture, and back: views, no copies
-        x = x.transpose(1, 2).unflatten(2, (height, width))
-        x = self.depth_conv(self.act(self.inverted_conv(x)))
-        x = self.point_conv(self.kernels.gated_linear_unit(x))
-        return x.flatten(2).transpose(1, 2)
+        # Tokens seen as a channels-last picture, and back: views. Split before they are permuted, they keep strides
+        # that convolutions know as channels-last when there is one picture.
+        x = self.depth_conv(self.inverted_conv(x).unflatten(1, (height, width)).permute(0, 3, 1, 2))
+        return self.point_conv(x.permute(0, 2, 3, 1).flatten(1, 2))
 
 
 class SanaBlock(nn.Module):

@@ -56,3 +56,19 @@ def test_gated_residual_and_gated_linear_unit():
     assert torch.allclose(reference.gated_residual(x, gate, branch), x + gate * branch)
     picture = draw(2, 8, 3, 5)
     assert torch.equal(reference.gated_linear_unit(picture), picture[:, :4] * F.silu(picture[:, 4:]))
+
+
+def test_gated_depthwise_and_its_gradients():
+    picture, weight, bias = draw(2, 8, 3, 5), draw(8, 1, 3, 3, seed=1), draw(8, seed=2)
+    leaves = [tensor.clone().requires_grad_() for tensor in (picture, weight, bias)]
+    expected = F.conv2d(F.silu(leaves[0]), leaves[1], leaves[2], padding=1, groups=8)
+    expected = expected[:, :4] * F.silu(expected[:, 4:])
+    tracked = [tensor.clone().requires_grad_() for tensor in (picture, weight, bias)]
+    actual = reference.gated_depthwise(*tracked)
+    assert torch.equal(actual, expected)
+    for found, wanted in zip(
+        torch.autograd.grad(actual.sum(), tracked), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        assert torch.equal(found, wanted)
+    channels_last = picture.clone(memory_format=torch.channels_last)
+    assert torch.allclose(reference.gated_depthwise(channels_last, weight, bias), expected, atol=1e-6)

@@ -141,3 +141,15 @@ def test_published_parameter_counts():
     for name, millions in counts.items():
         model = SanaTransformer(TRANSFORMERS[name], device="meta")
         assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 2) == millions
+
+
+def test_the_feed_forward_sees_one_picture_as_channels_last():
+    """Strides of a single row can hide it from convolutions, which then copy and compute plane by plane."""
+    config = small("Sana_600M_1024px")
+    feed_forward = random_transformer(config).blocks[0].mlp
+    seen = []
+    feed_forward.depth_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].stride()))
+    with torch.no_grad():
+        feed_forward(torch.randn(1, 24, config.hidden_size), 4, 6)
+    channels = 2 * int(config.hidden_size * config.mlp_ratio)
+    assert seen == [(24 * channels, 1, 6 * channels, channels)]
