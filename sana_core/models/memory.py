@@ -14,20 +14,9 @@ import torch
 from torch import nn
 
 from ..config import DCAEConfig
-from .dc_ae import (
-    DCAE,
-    ConvLayer,
-    DecoderIn,
-    Downsample,
-    EfficientViTBlock,
-    EncoderOut,
-    InterpolateConv,
-    OpSequential,
-    PixelShuffleConv,
-    PixelUnshuffleConv,
-    ResBlock,
-    Upsample,
-)
+from .convolution import ConvLayer
+from .dc_ae import DCAE, DecoderIn, EfficientViTBlock, EncoderOut, OpSequential, ResBlock
+from .resampling import Downsample, InterpolateConv, PixelShuffleConv, PixelUnshuffleConv, Upsample
 from .tiling import Grid, Step, decoder_steps, default_tile, encoder_steps, geometry
 
 FLOAT = 4  # bytes of float32, in which norms are computed and into which operands may be copied
