@@ -26,15 +26,21 @@ class RMSNorm2d(nn.Module):
         """
         x = x.movedim(1, -1)
         tracked = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if tracked or x.is_cuda or x.dtype.itemsize < 4:  # one kernel on a GPU; float32 inside for shorter dtypes
-            x = F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-            x = x + self.bias if tracked else x.add_(self.bias)
+        if tracked:
+            x = F.rms_norm(x, self.weight.shape, self.weight, self.eps) + self.bias
+        elif x.is_cuda:
+            x = F.rms_norm(x, self.weight.shape, self.weight, self.eps).add_(self.bias)
         else:
-            # PyTorch's norm makes a map for each of these operations on a CPU.
-            mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-            x = torch.mul(x, mean_square.add_(self.eps).rsqrt_(), out=x if overwrite else None)
-            x = x.mul_(self.weight).add_(self.bias)
+            x = self._step_by_step(x, overwrite)
         return plus(x.movedim(-1, 1), residual)
+
+    def _step_by_step(self, x: Tensor, overwrite: bool) -> Tensor:
+        """The norm of x [B, h, w, C], for which PyTorch makes a map of each operation's result outside CUDA."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(self.eps).rsqrt_()
+        wide = torch.mul(wide, scale, out=wide if overwrite or wide is not x else None)
+        return wide.mul_(self.weight).add_(self.bias).to(x.dtype)
 
 
 class SiLU(nn.Module):

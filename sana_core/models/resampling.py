@@ -118,7 +118,7 @@ def add_duplicated_in_space(fresh: Tensor, x: Tensor) -> Tensor:
     step = x.shape[1] // fresh.shape[1]
     for row in range(2):
         for column in range(2):
-            fresh[..., row::2, column::2] += x[:, (2 * row + column) * step // 4 :: step]
+            fresh[..., row::2, column::2].add_(x[:, (2 * row + column) * step // 4 :: step])
     return fresh
 
 

@@ -226,7 +226,7 @@ def _stream(steps: list[Step], pictures: Tensor, grid: Grid, progress: Progress 
     for x in pictures.split(1):
         for step in steps:
             x = _run(step, x, grid, tick)
-        results.append(x)
+        results.append(x.contiguous())
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
