@@ -153,7 +153,8 @@ def output_channels(op: nn.Module) -> int:
 
 def _working_set(op: nn.Module, positions: int, channels: int, dtype: torch.dtype) -> int:
     """Bytes of an operation's input, its output and what it holds in between, its weights copied included."""
-    copies = SUB_PIXEL_COPIES if isinstance(op, Upsample | InterpolateConv) else 1
+    doubling = op.main if isinstance(op, Upsample) else op
+    copies = SUB_PIXEL_COPIES if isinstance(doubling, InterpolateConv) else 1
     weights = copies * FLOAT * sum(parameter.numel() for parameter in op.parameters())
     per_position = channels * dtype.itemsize + _live_values(op, channels, output_channels(op), dtype.itemsize)
     return int(positions * per_position) + weights
