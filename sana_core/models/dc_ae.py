@@ -4,131 +4,28 @@ Attribute names are the keys of the published checkpoints (mit-han-lab/efficient
 Shapes: B batch, C channels, h and w the size of a feature map.
 """
 
+from collections.abc import Iterator
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import DCAEConfig
 from ..kernels.reference import gated_linear_unit, linear_attention
+from .convolution import ConvLayer, RMSNorm2d, SiLU, plus
+from .resampling import (
+    Downsample,
+    InterpolateConv,
+    PixelShuffleConv,
+    PixelUnshuffleConv,
+    Upsample,
+    average_channels,
+    duplicate_channels,
+)
 
 HEAD_DIM = 32
 EXPAND_RATIO = 4  # of the feed-forward
 AGGREGATION_KERNEL = 5  # of the multi-scale attention
 ATTENTION_EPS = 1e-15
-
-
-class RMSNorm2d(nn.Module):
-    """Root-mean-square norm over the channels of [B, C, h, w], with weight and bias."""
-
-    def __init__(self, channels: int, eps: float = 1e-5, **factory):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(channels, **factory))
-        self.bias = nn.Parameter(torch.zeros(channels, **factory))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.rms_norm(x.movedim(1, -1), self.weight.shape, self.weight, self.eps)
-        return (x + self.bias).movedim(-1, 1)
-
-
-class ConvLayer(nn.Module):
-    """Convolution that keeps the size (or halves it with stride 2), then the norm and activation that are given."""
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        groups: int = 1,
-        bias: bool = True,
-        norm: nn.Module | None = None,
-        act: nn.Module | None = None,
-        **factory,
-    ):
-        super().__init__()
-        padding = kernel_size // 2
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, 1, groups, bias, **factory)
-        self.norm = norm
-        self.act = act
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.act is None else self.act(x)
-
-
-class PixelUnshuffleConv(nn.Module):
-    """Halves the size: convolution to a quarter of the channels, then space to depth."""
-
-    def __init__(self, in_channels: int, out_channels: int, **factory):
-        super().__init__()
-        self.conv = ConvLayer(in_channels, out_channels // 4, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_unshuffle(self.conv(x), 2)
-
-
-class PixelShuffleConv(nn.Module):
-    """Doubles the size: convolution to four times the channels, then depth to space."""
-
-    def __init__(self, in_channels: int, out_channels: int, **factory):
-        super().__init__()
-        self.conv = ConvLayer(in_channels, out_channels * 4, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.pixel_shuffle(self.conv(x), 2)
-
-
-class InterpolateConv(nn.Module):
-    """Doubles the size: nearest neighbour, then a convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, **factory):
-        super().__init__()
-        self.conv = ConvLayer(in_channels, out_channels, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
-
-
-def average_channels(x: Tensor, channels: int) -> Tensor:
-    """Means of neighbouring channels, so that `channels` remain: the parameter-free way down."""
-    return x.unflatten(1, (channels, -1)).mean(dim=2)
-
-
-def duplicate_channels(x: Tensor, channels: int) -> Tensor:
-    """Repeats each channel in place, so that there are `channels`: the parameter-free way up."""
-    return x.repeat_interleave(channels // x.shape[1], dim=1)
-
-
-class Downsample(nn.Module):
-    """Halves the size, beside space-to-depth averaged to the output's channels."""
-
-    def __init__(self, in_channels: int, out_channels: int, kind: str, **factory):
-        super().__init__()
-        self.out_channels = out_channels
-        if kind == "conv":
-            self.main = ConvLayer(in_channels, out_channels, stride=2, **factory)
-        else:
-            self.main = PixelUnshuffleConv(in_channels, out_channels, **factory)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.main(x) + average_channels(F.pixel_unshuffle(x, 2), self.out_channels)
-
-
-class Upsample(nn.Module):
-    """Doubles the size, beside depth-to-space of duplicated channels."""
-
-    def __init__(self, in_channels: int, out_channels: int, kind: str, **factory):
-        super().__init__()
-        self.out_channels = out_channels
-        self.main = (InterpolateConv if kind == "interpolate" else PixelShuffleConv)(
-            in_channels, out_channels, **factory
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.main(x) + F.pixel_shuffle(duplicate_channels(x, self.out_channels * 4), 2)
 
 
 class ResBlock(nn.Module):
@@ -137,13 +34,15 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, batch_norm: bool = False, **factory):
         super().__init__()
         norm = nn.BatchNorm2d(channels, **factory) if batch_norm else RMSNorm2d(channels, **factory)
-        act = nn.ReLU() if batch_norm else nn.SiLU()
+        act = nn.ReLU(inplace=True) if batch_norm else SiLU()
         self.main = nn.Sequential()
         self.main.add_module("conv1", ConvLayer(channels, channels, act=act, **factory))
         self.main.add_module("conv2", ConvLayer(channels, channels, bias=False, norm=norm, **factory))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.main(x)
+        inner = self.main.conv1(x)
+        inner = self.main.conv2.conv(inner)  # by itself, so that its input is free when the norm begins
+        return self.main.conv2.normalize(inner, x)
 
 
 class LiteMLA(nn.Module):
@@ -172,23 +71,29 @@ class LiteMLA(nn.Module):
         norm = RMSNorm2d(channels, **factory)
         self.proj = ConvLayer(scales * channels, channels, kernel_size=1, bias=False, norm=norm, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = split_heads(self.project_in(x))
-        return self.project_out(linear_attention(q, k, v, ATTENTION_EPS), x.shape[-2:])
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        scales = [[part.flatten(1, 2) for part in scale] for scale in self.project_in(x)]
+        return self.project_out([linear_attention(*scale, ATTENTION_EPS) for scale in scales], residual)
 
-    def project_in(self, x: Tensor) -> Tensor:
-        """q, k and v of every scale, by head, for [B, C, h, w]: [B, scales * 3C, h, w]."""
+    def project_in(self, x: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """q, k and v for [B, C, h, w], scale by scale: [B, h, w, C / 32, 32] each."""
         qkv = self.qkv(x)
-        return torch.cat([qkv, *(aggregate(qkv) for aggregate in self.aggreg)], dim=1)
+        yield qkv.movedim(1, -1).unflatten(-1, (-1, 3, HEAD_DIM)).unbind(-2)
+        for depthwise, grouped in self.aggreg:
+            yield _project_heads(depthwise(qkv), grouped.weight).unbind(-2)
 
-    def project_out(self, heads: Tensor, size: torch.Size) -> Tensor:
-        """Result of the attention [B, h * w, heads, 32] to [B, C, h, w]."""
-        return self.proj(heads.flatten(2).transpose(1, 2).unflatten(2, size))
+    def project_out(self, scales: list[Tensor], residual: Tensor) -> Tensor:
+        """Results of the attention [B, h * w, C / 32, 32] by scale, with the residual [B, C, h, w]."""
+        heads = torch.cat(scales, dim=2).to(residual.dtype)
+        maps = heads.flatten(2).unflatten(1, residual.shape[-2:]).movedim(-1, 1)
+        return self.proj.normalize(self.proj.conv(maps), residual)
 
 
-def split_heads(qkv: Tensor) -> tuple[Tensor, ...]:
-    """The q, k and v [B, h * w, heads, 32] of maps [B, heads * 96, h, w]."""
-    return qkv.flatten(2).transpose(1, 2).unflatten(2, (-1, 3 * HEAD_DIM)).chunk(3, dim=-1)
+def _project_heads(x: Tensor, weight: Tensor) -> Tensor:
+    """The convolution 1x1 of x [B, C, h, w] in groups of 32 channels, as one product: [B, h, w, C / 96, 3, 32]."""
+    grouped = x.movedim(1, -1).flatten(1, 2).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)  # [B, groups, h * w, 32]
+    mapped = grouped @ weight.view(-1, HEAD_DIM, HEAD_DIM).transpose(1, 2)
+    return mapped.unflatten(2, x.shape[-2:]).unflatten(1, (-1, 3)).permute(0, 3, 4, 1, 2, 5)
 
 
 class GLUMBConv(nn.Module):
@@ -198,23 +103,27 @@ class GLUMBConv(nn.Module):
         super().__init__()
         hidden = channels * EXPAND_RATIO
         norm = RMSNorm2d(channels, **factory)
-        self.inverted_conv = ConvLayer(channels, 2 * hidden, kernel_size=1, act=nn.SiLU(), **factory)
+        self.inverted_conv = ConvLayer(channels, 2 * hidden, kernel_size=1, act=SiLU(), **factory)
         self.depth_conv = ConvLayer(2 * hidden, 2 * hidden, groups=2 * hidden, **factory)
         self.point_conv = ConvLayer(hidden, channels, kernel_size=1, bias=False, norm=norm, **factory)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.point_conv(gated_linear_unit(self.depth_conv(self.inverted_conv(x))))
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        inner = self.inverted_conv(x)
+        inner = self.depth_conv(inner)
+        inner = gated_linear_unit(inner)
+        inner = self.point_conv.conv(inner)
+        return self.point_conv.normalize(inner, residual)
 
 
 class Residual(nn.Module):
-    """A module beside the identity."""
+    """A module beside the identity, which it adds itself."""
 
     def __init__(self, main: nn.Module):
         super().__init__()
         self.main = main
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.main(x)
+        return self.main(x, x)
 
 
 class EfficientViTBlock(nn.Module):
@@ -251,7 +160,7 @@ class EncoderOut(nn.Module):
         self.main = OpSequential([ConvLayer(in_channels, latent_channels, **factory)])
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.main(x) + average_channels(x, self.latent_channels)
+        return plus(self.main(x), average_channels(x, self.latent_channels))
 
 
 class DecoderIn(nn.Module):
@@ -263,7 +172,7 @@ class DecoderIn(nn.Module):
         self.main = ConvLayer(latent_channels, out_channels, **factory)
 
     def forward(self, z: Tensor) -> Tensor:
-        return self.main(z) + duplicate_channels(z, self.out_channels)
+        return plus(self.main(z), duplicate_channels(z, self.out_channels))
 
 
 class Encoder(nn.Module):
@@ -294,7 +203,8 @@ class Encoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.project_in(pixels)
         for stage in self.stages:
-            x = stage(x)
+            for op in stage.op_list:  # one by one, so that the stage's input is free after the first
+                x = op(x)
         return self.project_out(x)
 
 
@@ -320,7 +230,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def _project_out(config: DCAEConfig, **factory) -> OpSequential:
-        act = nn.ReLU() if config.decoder_out_act == "relu" else nn.SiLU()
+        act = nn.ReLU(inplace=True) if config.decoder_out_act == "relu" else SiLU()
         if config.decoder_depths[0] > 0:
             width = config.decoder_channels[0]
             conv = ConvLayer(width, 3, **factory)
@@ -332,7 +242,8 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         x = self.project_in(z)
         for stage in reversed(self.stages):
-            x = stage(x)
+            for op in stage.op_list:  # one by one, so that the stage's input is free after the first
+                x = op(x)
         return self.project_out(x)
 
 
@@ -365,14 +276,14 @@ class DCAE(nn.Module):
             ValueError: a side is not a multiple of the compression.
         """
         self.check_sides(pixels)
-        return self.encoder(pixels)
+        return self.encoder(pixels.contiguous(memory_format=torch.channels_last)).contiguous()
 
     def decode(self, latent: Tensor) -> Tensor:
         """Decodes an unscaled latent [B, latent_channels, h, w] to pixels [B, 3, h * compression, w * compression].
 
         The pixels are about in [-1, 1], unclamped.
         """
-        return self.decoder(latent)
+        return self.decoder(latent.contiguous(memory_format=torch.channels_last)).contiguous()
 
     def check_sides(self, pixels: Tensor) -> None:
         """Raise ValueError if a side of the pixels [B, 3, H, W] is not a multiple of the compression."""

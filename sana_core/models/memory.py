@@ -1,37 +1,28 @@
 """Memory that the autoencoder needs for a picture of a given size, whole or in tiles, before it runs.
 
 The figures below count the tensors that are alive at the worst moment of each operation, as PyTorch runs it without
-gradients. Where CPU and GPU differ (copies that a convolution makes of its operands in another layout, norms that are
-computed in float32), the larger counts. Tests compare them with what the allocator records.
+gradients. Where CPU and GPU differ (copies that a convolution makes of its operands, norms that a CPU computes in
+float32), the larger counts. Tests compare them with what the allocator records.
 
 Sizes are in pixels, results in bytes, weights not included.
 """
 
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import chain
 
 import torch
 from torch import nn
 
 from ..config import DCAEConfig
-from .dc_ae import (
-    DCAE,
-    ConvLayer,
-    DecoderIn,
-    Downsample,
-    EfficientViTBlock,
-    EncoderOut,
-    InterpolateConv,
-    OpSequential,
-    PixelShuffleConv,
-    PixelUnshuffleConv,
-    ResBlock,
-    Upsample,
-)
+from .convolution import ConvLayer
+from .dc_ae import DCAE, DecoderIn, EfficientViTBlock, EncoderOut, OpSequential, ResBlock
+from .resampling import Downsample, InterpolateConv, PixelShuffleConv, PixelUnshuffleConv, Upsample
 from .tiling import Grid, Step, decoder_steps, default_tile, encoder_steps, geometry
 
 FLOAT = 4  # bytes of float32, in which norms are computed and into which operands may be copied
 SCRATCH = 2**20  # what kernels take whatever the size
+SUB_PIXEL_COPIES = 4  # of a 3x3 weight in float32, as its sums are made
 MARGIN = 1.15  # for what the allocator cannot give back in one piece
 
 
@@ -93,25 +84,21 @@ def _latent_size(config: DCAEConfig, height: int, width: int) -> tuple[int, int]
 
 
 def _whole_memory(network: nn.Module, size: tuple[int, int], channels: int, dtype: torch.dtype) -> int:
-    """Peak of encoder or decoder run operation by operation; a stage's input lives until the stage ends."""
+    """Peak of encoder or decoder run operation by operation."""
     positions = size[0] * size[1]
     given = peak = positions * channels * dtype.itemsize
-    for stage in _stages(network):
-        stage_input = 0
-        for op in stage:
-            peak = max(peak, given + stage_input + _working_set(op, positions, channels, dtype))
-            if op is stage[0]:
-                stage_input = positions * channels * dtype.itemsize
-            positions = geometry(op).made(geometry(op).made(positions))
-            channels = output_channels(op)
+    for op in _operations(network):
+        peak = max(peak, given + _working_set(op, positions, channels, dtype))
+        positions = geometry(op).made(geometry(op).made(positions))
+        channels = output_channels(op)
     return int(MARGIN * peak) + SCRATCH
 
 
-def _stages(network: nn.Module) -> list[list[nn.Module]]:
+def _operations(network: nn.Module) -> list[nn.Module]:
     stages = [list(stage.op_list) for stage in network.stages]
     if isinstance(network.project_in, DecoderIn):
         stages.reverse()
-    return [[network.project_in], *stages, [network.project_out]]
+    return [network.project_in, *chain.from_iterable(stages), network.project_out]
 
 
 def _tiled_memory(steps: list[Step], size: tuple[int, int], grid: Grid, channels: int, dtype: torch.dtype) -> int:
@@ -166,7 +153,9 @@ def output_channels(op: nn.Module) -> int:
 
 def _working_set(op: nn.Module, positions: int, channels: int, dtype: torch.dtype) -> int:
     """Bytes of an operation's input, its output and what it holds in between, its weights copied included."""
-    weights = FLOAT * sum(parameter.numel() for parameter in op.parameters())
+    doubling = op.main if isinstance(op, Upsample) else op
+    copies = SUB_PIXEL_COPIES if isinstance(doubling, InterpolateConv) else 1
+    weights = copies * FLOAT * sum(parameter.numel() for parameter in op.parameters())
     per_position = channels * dtype.itemsize + _live_values(op, channels, output_channels(op), dtype.itemsize)
     return int(positions * per_position) + weights
 
@@ -174,32 +163,27 @@ def _working_set(op: nn.Module, positions: int, channels: int, dtype: torch.dtyp
 def _live_values(op: nn.Module, channels: int, made: int, itemsize: int) -> float:
     """Bytes beside the input, for each position of the input, at the worst moment."""
     match op:
-        case ResBlock():  # both convolutions' results; the norm's steps
-            return 2 * channels * itemsize + 3 * channels * FLOAT
+        case ResBlock():  # a convolution's input and result, or this normed
+            return 2 * channels * itemsize + channels * FLOAT
         case EfficientViTBlock():  # the feed-forward: 8C before and after activation or depthwise convolution, copied
             return 25 * channels * itemsize
-        case DecoderIn():  # or: convolution, duplicated channels, sum
-            return max(_convolution(channels, made, itemsize), 3 * made * itemsize)
+        case DecoderIn():  # convolution, duplicated channels
+            return (channels + 3 * made) * itemsize
         case EncoderOut():  # convolution; means, and their input in float32
             return made * itemsize + (channels + 2 * made) * FLOAT
         case Downsample():  # convolution; space to depth, then means, and their input in float32
-            return (channels + made / 4) * itemsize + (channels + made / 2) * FLOAT
-        case Upsample():  # or: convolution, duplicated channels, these as space
-            return max(_live_values(op.main, channels, made, itemsize), 3 * 4 * made * itemsize)
-        case InterpolateConv():
-            return 4 * (channels * itemsize + _convolution(channels, made, itemsize))
-        case PixelShuffleConv():
-            return max(_convolution(channels, 4 * made, itemsize), 2 * 4 * made * itemsize)
+            return (channels + made / 2) * itemsize + channels * FLOAT
+        case Upsample():  # the shortcut adds to what the convolution made
+            return _live_values(op.main, channels, made, itemsize)
+        case InterpolateConv():  # the whole, and one of four parts
+            return (channels + 5 * made) * itemsize
+        case PixelShuffleConv():  # convolution; the same as space
+            return (channels + 2 * 4 * made) * itemsize
         case PixelUnshuffleConv():
-            return _convolution(channels, made / 4, itemsize)
+            return (channels + 2 * made / 4) * itemsize
         case ConvLayer():
-            return _convolution(channels, made, itemsize) / op.conv.stride[0] ** 2
-        case OpSequential():  # the norm's steps; or the convolution after it
+            return (channels + made / op.conv.stride[0] ** 2) * itemsize
+        case OpSequential():  # the norm's result; or the convolution after it
             last = _live_values(op.op_list[-1], channels, made, itemsize)
-            return max(3 * channels * FLOAT, channels * itemsize + last)
+            return channels * itemsize + max(channels * FLOAT, last)
     raise TypeError(f"no figure for {type(op).__name__}")
-
-
-def _convolution(channels: float, made: float, itemsize: int) -> float:
-    """A convolution's result, with both operands copied."""
-    return made * itemsize + (channels + made) * FLOAT

@@ -20,26 +20,21 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.reference import linear_attention_output, linear_attention_state
+from .convolution import ConvLayer
 from .dc_ae import (
     AGGREGATION_KERNEL,
     ATTENTION_EPS,
     DCAE,
-    ConvLayer,
     Decoder,
     DecoderIn,
-    Downsample,
     EfficientViTBlock,
     Encoder,
     EncoderOut,
-    InterpolateConv,
     LiteMLA,
     OpSequential,
-    PixelShuffleConv,
-    PixelUnshuffleConv,
     ResBlock,
-    Upsample,
-    split_heads,
 )
+from .resampling import Downsample, InterpolateConv, PixelShuffleConv, PixelUnshuffleConv, Upsample
 
 HELD_REDUCTION = 8  # pixels a side for each position of the finest map that is held whole
 TILE_PIXELS = 1024  # a side of the tiles, where memory does not ask for smaller ones
@@ -231,7 +226,7 @@ def _stream(steps: list[Step], pictures: Tensor, grid: Grid, progress: Progress 
     for x in pictures.split(1):
         for step in steps:
             x = _run(step, x, grid, tick)
-        results.append(x)
+        results.append(x.contiguous())
     return results[0] if len(results) == 1 else torch.cat(results)
 
 
@@ -257,11 +252,16 @@ def _run(step: Step, x: Tensor, grid: Grid, tick: Callable[[], None]) -> Tensor:
         rows, columns = step.spans(x.shape[2], row), step.spans(x.shape[3], column)
         part = _run_tile(step.ops, functions, x, rows, columns)
         if out is None:
-            size = (extent[-1].stop * step.positions for extent in (grid.rows, grid.columns))
-            out = part.new_empty(*part.shape[:2], *size)
+            out = _empty_whole(part, *(extent[-1].stop * step.positions for extent in (grid.rows, grid.columns)))
         out[..., rows[-1], columns[-1]] = part
         tick()
     return out
+
+
+def _empty_whole(part: Tensor, height: int, width: int) -> Tensor:
+    """A map of this size for tiles like this one, in the layout in which the operations run."""
+    size = (*part.shape[:2], height, width)
+    return torch.empty(size, dtype=part.dtype, device=part.device, memory_format=torch.channels_last)
 
 
 def _run_tile(ops, functions, x: Tensor, rows: list[slice], columns: list[slice]) -> Tensor:
@@ -279,27 +279,29 @@ def _within(start: int, span: slice) -> slice:
     return slice(span.start - start, span.stop - start)
 
 
-def _gather(step: Step, x: Tensor, grid: Grid, tick: Callable[[], None]) -> tuple[Tensor, Tensor]:
-    """K^T V and the sum of K over all positions of x [B, C, h, w], float32."""
+def _gather(step: Step, x: Tensor, grid: Grid, tick: Callable[[], None]) -> list[tuple[Tensor, Tensor]]:
+    """K^T V and the sum of K over all positions of x [B, C, h, w], float32, for each scale of the attention."""
     attention = step.attention
     seen = Geometry(before=AGGREGATION_KERNEL // 2 if attention.aggreg else 0)
-    state, total = 0, 0
+    gathered = [(0, 0)] * (1 + len(attention.aggreg))
     for row, column in grid:
         inner = [slice(span.start * step.positions, span.stop * step.positions) for span in (row, column)]
         outer = [seen.needed(span, size) for span, size in zip(inner, x.shape[-2:], strict=True)]
-        qkv = attention.project_in(x[..., outer[0], outer[1]])
         # Each position counts once: its own tile's.
         rows, columns = (_within(around.start, span) for around, span in zip(outer, inner, strict=True))
-        _, k, v = split_heads(qkv[..., rows, columns])
-        part, part_total = linear_attention_state(k, v)
-        state, total = state + part, total + part_total
+        for scale, (_, k, v) in enumerate(attention.project_in(x[..., outer[0], outer[1]])):
+            k, v = (part[:, rows, columns].flatten(1, 2) for part in (k, v))
+            added = linear_attention_state(k, v)
+            gathered[scale] = tuple(total + part for total, part in zip(gathered[scale], added, strict=True))
         tick()
-    return state, total
+    return gathered
 
 
-def _attend(block: EfficientViTBlock, gathered: tuple[Tensor, Tensor], x: Tensor) -> Tensor:
+def _attend(block: EfficientViTBlock, gathered: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
     """An EfficientViT block on a tile [B, C, h, w], with the attention to the whole map."""
     attention = block.context_module.main
-    q, _, v = split_heads(attention.project_in(x))
-    heads = linear_attention_output(q, *gathered, ATTENTION_EPS).to(v.dtype)
-    return block.local_module(x + attention.project_out(heads, x.shape[-2:]))
+    heads = [
+        linear_attention_output(q.flatten(1, 2), *state, ATTENTION_EPS)
+        for (q, _, _), state in zip(attention.project_in(x), gathered, strict=True)
+    ]
+    return block.local_module(attention.project_out(heads, x))

@@ -14,14 +14,14 @@ SIZE = (128, 192)
 SANA = AUTOENCODERS["dc-ae-f32c32-sana-1.1"]
 
 
-def measure(model, direction, tile):
+def measure(model, direction, tile, size=SIZE):
     """Peak bytes of one run, with what it is given."""
     compression = model.config.spatial_compression
     if direction == "decode":
-        given = torch.randn(1, model.config.latent_channels, *(side // compression for side in SIZE))
+        given = torch.randn(1, model.config.latent_channels, *(side // compression for side in size))
         whole, tiled = model.decode, decode_tiled
     else:
-        given = torch.randn(1, 3, *SIZE)
+        given = torch.randn(1, 3, *size)
         whole, tiled = model.encode, encode_tiled
     given = given.to(model.dtype)
     with torch.no_grad():
@@ -53,13 +53,14 @@ def test_estimates_bound_bfloat16(tile):
 def test_tiles_save_memory():
     model = random_dc_ae(small("dc-ae-f32c32-sana-1.1"))
     assert measure(model, "decode", 2) < 0.3 * measure(model, "decode", None)
-    assert measure(model, "encode", 2) < 0.6 * measure(model, "encode", None)
+    size = (256, 384)  # of which a tile of 64 pixels sees less than all
+    assert measure(model, "encode", 2, size) < 0.6 * measure(model, "encode", None, size)
 
 
 def test_a_4k_picture_takes_less_than_4_gib():
     weights = 2 * 313e6  # bfloat16, encoder and decoder
     assert decode_memory(SANA, 4096, 4096, torch.bfloat16, 32) + weights < 4 * 2**30
-    assert decode_memory(SANA, 4096, 4096, torch.bfloat16) > 17 * 2**30
+    assert decode_memory(SANA, 4096, 4096, torch.bfloat16) > 12 * 2**30
 
 
 @pytest.mark.parametrize("estimate", [decode_memory, encode_memory])
