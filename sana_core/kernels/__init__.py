@@ -16,7 +16,7 @@ class Kernels:
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
-    gated_linear_unit: Callable[[Tensor], Tensor]
+    gated_depthwise: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 REFERENCE = Kernels(
@@ -24,5 +24,5 @@ REFERENCE = Kernels(
     attention=reference.attention,
     modulate=reference.modulate,
     gated_residual=reference.gated_residual,
-    gated_linear_unit=reference.gated_linear_unit,
+    gated_depthwise=reference.gated_depthwise,
 )

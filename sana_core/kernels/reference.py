@@ -78,6 +78,20 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return torch.addcmul(x, gate, branch)
 
 
+def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """SiLU, a depthwise 3x3 convolution with zeros around the picture, and the gated linear unit of the result.
+
+    Args:
+        x: [B, 2C, h, w].
+        weight: [2C, 1, 3, 3].
+        bias: [2C].
+
+    Returns:
+        [B, C, h, w].
+    """
+    return gated_linear_unit(F.conv2d(F.silu(x), weight, bias, padding=1, groups=len(weight)))
+
+
 def gated_linear_unit(x: Tensor) -> Tensor:
     """value * silu(gate) of x [B, 2C, h, w], whose first half of channels is the value and second half the gate."""
     value, gate = x.chunk(2, dim=1)

@@ -163,19 +163,18 @@ class GLUMBConv(nn.Module):
         super().__init__()
         size = config.hidden_size
         hidden = int(size * config.mlp_ratio)
-        self.kernels = kernels
-        self.act = nn.SiLU()
         self.inverted_conv = ConvLayer(operations.Conv2d(size, 2 * hidden, 1, **factory))
         self.depth_conv = ConvLayer(
             operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory)
         )
+        # torch and comfy.ops leave the arithmetic to this once they have cast, moved and patched the weights
+        self.depth_conv.conv._conv_forward = kernels.gated_depthwise
         self.point_conv = ConvLayer(operations.Conv2d(hidden, size, 1, bias=False, **factory))
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         # tokens seen as a channels-last picture, and back: views, no copies
         x = x.transpose(1, 2).unflatten(2, (height, width))
-        x = self.depth_conv(self.act(self.inverted_conv(x)))
-        x = self.point_conv(self.kernels.gated_linear_unit(x))
+        x = self.point_conv(self.depth_conv(self.inverted_conv(x)))
         return x.flatten(2).transpose(1, 2)
 
 
