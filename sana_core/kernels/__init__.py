@@ -57,8 +57,6 @@ def _probed_kernels(index: int) -> Kernels:
 
         check_on(torch.device("cuda", index))
     except Exception as error:
-        log.warning(
-            "The Triton kernels do not run here, PyTorch's are used instead: %s: %s", type(error).__name__, error
-        )
+        log.warning("The Triton kernels do not run here (%s: %s); PyTorch's do.", type(error).__name__, error)
         return REFERENCE
     return FUSED
