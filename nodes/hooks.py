@@ -4,11 +4,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
-from ..sana_core.kernels import REFERENCE
+from ..sana_core.kernels import best_kernels
 from ..sana_core.models.sana import SanaTransformer
 
 
@@ -21,7 +22,7 @@ class Hooks:
     def __init__(self):
         self.options: dict = {}  # the transformer_options of the running call
         self.perturbed_layer: int | None = None
-        self.kernels = replace(REFERENCE, attention=self.attention)
+        self.kernels = replace(best_kernels(comfy.model_management.get_torch_device()), attention=self.attention)
 
     def attach(self, model: SanaTransformer) -> None:
         """Put the hooks in the model that was built with `self.kernels`."""
@@ -61,7 +62,7 @@ class Hooks:
         if patch is None and index == self.perturbed_layer:
             patch = patches.get(("middle", 0))
         if patch is None:
-            return REFERENCE.linear_attention(q, k, v, eps)
+            return self.kernels.linear_attention(q, k, v, eps)
         extra_options = {**self.options, "n_heads": q.shape[2], "dim_head": q.shape[3], "block": ("block", index)}
         return patch(q.flatten(2), k.flatten(2), v.flatten(2), extra_options).unflatten(2, q.shape[2:])
 

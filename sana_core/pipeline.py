@@ -14,6 +14,7 @@ from .captions import Captions
 from .checkpoint import Lora, load_controlnet, load_dc_ae, load_text_encoder, load_transformer, read_lora
 from .finite import require_finite
 from .hub import fetch_model
+from .kernels import best_kernels
 from .models.controlnet import Control, SanaControlNet
 from .models.lora import apply_lora
 from .pictures import to_pictures
@@ -377,7 +378,7 @@ def _load_transformer(path: str | Path, variant: str | None, device: torch.devic
     if dtype is not None:
         return load_transformer(path, variant=variant, device=device, dtype=dtype)
     # Official files are wider than what they were trained in: they are narrowed before they take memory of a GPU.
-    transformer = load_transformer(path, variant=variant)
+    transformer = load_transformer(path, variant=variant, kernels=best_kernels(device))
     return transformer.to(device, getattr(torch, transformer.config.dtype))
 
 

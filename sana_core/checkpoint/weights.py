@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DCAEConfig, SanaConfig
-from ..kernels import REFERENCE, Kernels
+from ..kernels import Kernels, best_kernels
 from ..models.controlnet import SanaControlNet
 from ..models.dc_ae import DCAE
 from ..models.sana import SanaTransformer
@@ -94,7 +94,7 @@ def load_transformer(
         path, variant: see `read_transformer`.
         dtype: of the weights; None keeps the file's.
         operations: where the layers come from; None is torch.nn.
-        kernels: None is the reference.
+        kernels: None is the best that run on the device.
 
     Raises:
         CheckpointError: another file, missing, extra or misshapen weights, or sizes that nothing tells.
@@ -103,9 +103,8 @@ def load_transformer(
     dtype = dtype or main_dtype(state_dict)
     if operations is None:
         _require_computable(dtype, path)
-    model = SanaTransformer(
-        config, device="meta", dtype=dtype, operations=operations or nn, kernels=kernels or REFERENCE
-    )
+    kernels = kernels or best_kernels(device)
+    model = SanaTransformer(config, device="meta", dtype=dtype, operations=operations or nn, kernels=kernels)
     return fill_model(model, state_dict, path, device, dtype)
 
 
@@ -138,7 +137,8 @@ def load_controlnet(
     config, state_dict = read_controlnet(path, variant=variant, dtype=dtype)
     dtype = dtype or main_dtype(state_dict)
     _require_computable(dtype, path)
-    return fill_model(SanaControlNet(config, device="meta", dtype=dtype), state_dict, path, device, dtype)
+    model = SanaControlNet(config, device="meta", dtype=dtype, kernels=best_kernels(device))
+    return fill_model(model, state_dict, path, device, dtype)
 
 
 def read_dc_ae(

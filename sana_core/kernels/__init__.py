@@ -1,11 +1,19 @@
 """The functions that a Sana transformer computes with, apart from its weights: one object, handed to the model."""
 
+import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
+import torch
 from torch import Tensor
 
 from . import reference
+
+log = logging.getLogger(__name__)
+
+FIRST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 and TF32 tensor cores
 
 
 @dataclass(frozen=True)
@@ -26,3 +34,29 @@ REFERENCE = Kernels(
     gated_residual=reference.gated_residual,
     gated_depthwise=reference.gated_depthwise,
 )
+
+
+def best_kernels(device: torch.device | str) -> Kernels:
+    """The fused kernels where the device and its software run them, else the reference.
+
+    Fused kernels leave tensors on other devices to the reference, so a model may be moved afterwards.
+    """
+    device = torch.device(device)
+    if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
+        return REFERENCE
+    return _probed_kernels(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@cache
+def _probed_kernels(index: int) -> Kernels:
+    if torch.cuda.get_device_capability(index) < FIRST_CAPABILITY:
+        return REFERENCE
+    try:
+        # Triton compiles with tools of the machine (a C compiler, ptxas): only a launch tells whether they are there.
+        from .fused import FUSED, check_on
+
+        check_on(torch.device("cuda", index))
+    except Exception as error:
+        log.warning("The Triton kernels do not run here (%s: %s); PyTorch's do.", type(error).__name__, error)
+        return REFERENCE
+    return FUSED

@@ -1,0 +1,275 @@
+"""ReLU linear attention (`reference.linear_attention`) in two passes forward and two backward.
+
+Tokens are split into parts. The first pass sums up each part's state, K^T V and the sum of K, in float32; the second
+adds the parts in a fixed order, multiplies the queries with the sum and normalises. Nothing but the output and the
+partial states is written, and there are no atomic additions: a replay is bit-equal. The parts depend on the number
+of tokens alone, so that a row of a batch does not depend on its neighbours.
+
+With q' = relu(q), k' = relu(k), S = K'^T V, z = sum of k', n = q' S and d = q' z + eps the output is n / d. From its
+gradient g follow a = g / d and c = -(a . n) / d, and from them
+
+    dq' = a S^T + c z    dS = q'^T a    dz = sum of c q'    dk' = v dS^T + dz    dv = k' dS
+
+Shapes: B batch, N tokens, H heads, D head width, P parts. Programs: (B * H, P).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from .launch import INTERPRETED, device_of, dot_precision, rounded, runs_here, tracked, with_dense_rows
+
+BLOCK = 64  # tokens that a program loads at once
+SMALLEST_PART = 256  # tokens; less would read the partial states more often than it saves
+MOST_PARTS = 16
+WARPS = 4
+WIDEST_HEAD = 128  # the state of a wider head does not fit into the registers
+
+
+@triton.jit
+def _load_rows(base, row_stride, rows, columns, N, D: tl.constexpr):
+    mask = (rows < N)[:, None] & (columns < D)[None, :]
+    return tl.load(base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store_rows(base, row_stride, rows, columns, N, D: tl.constexpr, values):
+    mask = (rows < N)[:, None] & (columns < D)[None, :]
+    target = base + rows.to(tl.int64)[:, None] * row_stride + columns[None, :]
+    tl.store(target, rounded(values, base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _relu(x):
+    return tl.where(x > 0, x, tl.zeros_like(x))
+
+
+@triton.jit
+def _store_state(states_ptr, totals_ptr, slot, state, total, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Writes one part's state [D, D] and total [D]; `slot` counts them."""
+    columns = tl.arange(0, WIDTH)
+    _store_rows(states_ptr + slot * D * D, D, columns, columns, D, D, state)
+    tl.store(totals_ptr + slot * D + columns, total, mask=columns < D)
+
+
+@triton.jit
+def _sum_parts(states_ptr, totals_ptr, head, heads, parts, MOST: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr):
+    """The state [WIDTH, WIDTH] and total [WIDTH] of all tokens."""
+    columns = tl.arange(0, WIDTH)
+    state = tl.zeros((WIDTH, WIDTH), tl.float32)
+    total = tl.zeros((WIDTH,), tl.float32)
+    for part in tl.static_range(MOST):  # unrolled: the loads do not wait for each other
+        slot = part * heads + head
+        limit = tl.where(part < parts, D, 0)
+        state += _load_rows(states_ptr + slot * D * D, D, columns, columns, limit, D)
+        total += tl.load(totals_ptr + slot * D + columns, mask=columns < limit, other=0.0)
+    return state, total
+
+
+@triton.jit
+def _state_kernel(
+    k_ptr, v_ptr, states_ptr, totals_ptr,
+    k_batch, k_row, k_head, v_batch, v_row, v_head,
+    N, H,
+    STEPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Pass 1: state and total of one part of one head."""
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    k_ptr += (head // H) * k_batch + (head % H) * k_head
+    v_ptr += (head // H) * v_batch + (head % H) * v_head
+    columns = tl.arange(0, WIDTH)
+    state = tl.zeros((WIDTH, WIDTH), tl.float32)
+    sums = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for step in range(STEPS):
+        rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        k = _relu(_load_rows(k_ptr, k_row, rows, columns, N, D))
+        v = _load_rows(v_ptr, v_row, rows, columns, N, D)
+        sums += k.to(tl.float32)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        state = tl.dot(tl.trans(k), v, state, input_precision=PRECISION)
+    slot = part * tl.num_programs(0).to(tl.int64) + head
+    _store_state(states_ptr, totals_ptr, slot, state, tl.sum(sums, 0), D, WIDTH)
+
+
+@triton.jit
+def _output_kernel(
+    q_ptr, states_ptr, totals_ptr, out_ptr,
+    q_batch, q_row, q_head, out_batch, out_row, out_head,
+    N, H, parts, eps,
+    MOST: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Pass 2: the output of one part of the queries."""
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    q_ptr += (head // H) * q_batch + (head % H) * q_head
+    out_ptr += (head // H) * out_batch + (head % H) * out_head
+    columns = tl.arange(0, WIDTH)
+    state, total = _sum_parts(states_ptr, totals_ptr, head, tl.num_programs(0), parts, MOST, D, WIDTH)
+    for step in range(STEPS):
+        rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        q = _relu(_load_rows(q_ptr, q_row, rows, columns, N, D)).to(tl.float32)
+        normaliser = tl.sum(q * total[None, :], 1) + eps
+        out = tl.dot(q, state, input_precision=PRECISION) / normaliser[:, None]
+        _store_rows(out_ptr, out_row, rows, columns, N, D, out)
+
+
+@triton.jit
+def _query_gradient_kernel(
+    q_ptr, g_ptr, states_ptr, totals_ptr, dq_ptr, state_gradients_ptr, total_gradients_ptr,
+    q_batch, q_row, q_head, g_batch, g_row, g_head, dq_batch, dq_row, dq_head,
+    N, H, parts, eps,
+    MOST: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Backward pass 1: dq, and one part's share of the gradients of state and total."""
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    q_ptr += (head // H) * q_batch + (head % H) * q_head
+    g_ptr += (head // H) * g_batch + (head % H) * g_head
+    dq_ptr += (head // H) * dq_batch + (head % H) * dq_head
+    columns = tl.arange(0, WIDTH)
+    state, total = _sum_parts(states_ptr, totals_ptr, head, tl.num_programs(0), parts, MOST, D, WIDTH)
+    state_gradient = tl.zeros((WIDTH, WIDTH), tl.float32)
+    total_gradients = tl.zeros((BLOCK, WIDTH), tl.float32)
+    for step in range(STEPS):
+        rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        q = _relu(_load_rows(q_ptr, q_row, rows, columns, N, D)).to(tl.float32)
+        normaliser = tl.sum(q * total[None, :], 1) + eps
+        # Divided first: a product with g would overflow where the normaliser is large, and underflow where it is not.
+        out = tl.dot(q, state, input_precision=PRECISION) / normaliser[:, None]
+        a = _load_rows(g_ptr, g_row, rows, columns, N, D).to(tl.float32) / normaliser[:, None]
+        c = -tl.sum(a * out, 1)
+        dq = tl.dot(a, tl.trans(state), input_precision=PRECISION) + c[:, None] * total[None, :]
+        _store_rows(dq_ptr, dq_row, rows, columns, N, D, tl.where(q > 0, dq, 0.0))
+        state_gradient = tl.dot(tl.trans(q), a, state_gradient, input_precision=PRECISION)
+        total_gradients += c[:, None] * q
+    slot = part * tl.num_programs(0).to(tl.int64) + head
+    total_gradient = tl.sum(total_gradients, 0)
+    _store_state(state_gradients_ptr, total_gradients_ptr, slot, state_gradient, total_gradient, D, WIDTH)
+
+
+@triton.jit
+def _key_value_gradient_kernel(
+    k_ptr, v_ptr, state_gradients_ptr, total_gradients_ptr, dk_ptr, dv_ptr,
+    k_batch, k_row, k_head, v_batch, v_row, v_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
+    N, H, parts,
+    MOST: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Backward pass 2: dk and dv of one part."""
+    head = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
+    k_ptr += (head // H) * k_batch + (head % H) * k_head
+    v_ptr += (head // H) * v_batch + (head % H) * v_head
+    dk_ptr += (head // H) * dk_batch + (head % H) * dk_head
+    dv_ptr += (head // H) * dv_batch + (head % H) * dv_head
+    columns = tl.arange(0, WIDTH)
+    state_gradient, total_gradient = _sum_parts(
+        state_gradients_ptr, total_gradients_ptr, head, tl.num_programs(0), parts, MOST, D, WIDTH
+    )
+    for step in range(STEPS):
+        rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        k = _relu(_load_rows(k_ptr, k_row, rows, columns, N, D)).to(tl.float32)
+        v = _load_rows(v_ptr, v_row, rows, columns, N, D).to(tl.float32)
+        dk = tl.dot(v, tl.trans(state_gradient), input_precision=PRECISION) + total_gradient[None, :]
+        _store_rows(dk_ptr, dk_row, rows, columns, N, D, tl.where(k > 0, dk, 0.0))
+        _store_rows(dv_ptr, dv_row, rows, columns, N, D, tl.dot(k, state_gradient, input_precision=PRECISION))
+
+
+def _parts(tokens: int) -> tuple[int, int]:
+    """Number of the parts, and how many blocks each has: powers of two, as each count is compiled for itself."""
+    length = max(BLOCK, triton.cdiv(tokens, MOST_PARTS), min(SMALLEST_PART, tokens))
+    length = triton.next_power_of_2(length)
+    return triton.cdiv(tokens, length), length // BLOCK
+
+
+def _constants(*tensors: Tensor) -> dict:
+    width = tensors[0].shape[-1]
+    return {
+        "D": width,
+        "WIDTH": max(16, triton.next_power_of_2(width)),  # tl.dot takes no less than 16
+        "BLOCK": BLOCK,
+        "PRECISION": dot_precision(*tensors),
+        "num_warps": WARPS,
+    }
+
+
+def _empty_states(like: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    batch, _, heads, width = like.shape
+    states = torch.empty(parts, batch * heads, width, width, dtype=torch.float32, device=like.device)
+    return states, torch.empty(parts, batch * heads, width, dtype=torch.float32, device=like.device)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Output [B, N, H, D], and the states [P, B * H, D, D] and totals [P, B * H, D] of the parts."""
+    batch, tokens, heads, _ = k.shape
+    parts, steps = _parts(tokens)
+    states, totals = _empty_states(k, parts)
+    query_parts, query_steps = _parts(q.shape[1])
+    out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
+    with device_of(q):
+        _state_kernel[batch * heads, parts](
+            k, v, states, totals, *k.stride()[:3], *v.stride()[:3], tokens, heads,
+            STEPS=steps, UPCAST=INTERPRETED or k.dtype != v.dtype, **_constants(k, v),
+        )  # fmt: skip
+        _output_kernel[batch * heads, query_parts](
+            q, states, totals, out, *q.stride()[:3], *out.stride()[:3],
+            q.shape[1], heads, parts, eps,
+            MOST=triton.next_power_of_2(parts), STEPS=query_steps, **_constants(q),
+        )  # fmt: skip
+    return out, states, totals
+
+
+def _backward(
+    q: Tensor, k: Tensor, v: Tensor, states: Tensor, totals: Tensor, eps: float, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    batch, tokens, heads, _ = k.shape
+    gradient = with_dense_rows(gradient)
+    query_parts, query_steps = _parts(q.shape[1])
+    state_gradients, total_gradients = _empty_states(k, query_parts)
+    dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k, v))
+    parts, steps = _parts(tokens)
+    with device_of(q):
+        _query_gradient_kernel[batch * heads, query_parts](
+            q, gradient, states, totals, dq, state_gradients, total_gradients,
+            *q.stride()[:3], *gradient.stride()[:3], *dq.stride()[:3],
+            q.shape[1], heads, parts, eps,
+            MOST=triton.next_power_of_2(parts), STEPS=query_steps, **_constants(q, gradient),
+        )  # fmt: skip
+        _key_value_gradient_kernel[batch * heads, parts](
+            k, v, state_gradients, total_gradients, dk, dv,
+            *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
+            tokens, heads, query_parts,
+            MOST=triton.next_power_of_2(query_parts), STEPS=steps, **_constants(k, v),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, eps):
+        out, states, totals = _forward(q, k, v, eps)
+        ctx.save_for_backward(q, k, v, states, totals)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return *_backward(*ctx.saved_tensors, ctx.eps, gradient), None
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+    """`reference.linear_attention`, fused."""
+    if not runs_here(q, k, v) or q.shape[-1] > WIDEST_HEAD:
+        return reference.linear_attention(q, k, v, eps)
+    q, k, v = (with_dense_rows(part) for part in (q, k, v))
+    return _LinearAttention.apply(q, k, v, eps) if tracked(q, k, v) else _forward(q, k, v, eps)[0]
