@@ -223,7 +223,8 @@ def _stream(steps: list[Step], pictures: Tensor, grid: Grid, progress: Progress 
     tiles = pictures.shape[0] * len(grid) * sum(1 if step.attention is None else 2 for step in steps)
     tick = _counter(tiles, progress)
     results = []
-    for x in pictures.split(1):
+    for picture in pictures.split(1):
+        x = picture.contiguous(memory_format=torch.channels_last)
         for step in steps:
             x = _run(step, x, grid, tick)
         results.append(x.contiguous())
