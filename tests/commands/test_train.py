@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from sana_core import SanaPipeline
 from sana_core.__main__ import main
-from sana_core.checkpoint import load_transformer, save_transformer
+from sana_core.checkpoint import load_transformer
 from sana_core.pictures import read_metadata
 from sana_core.training.state import newest_state
 from tests.conftest import ROOT
@@ -156,9 +156,6 @@ def test_a_preset_sets_what_is_left_open(command, tmp_path, monkeypatch):
     assert main(command(output=tmp_path / "run", preset="32gb", batch=3, precision="fp32") + ["--no-recompute"]) == 0
     found = [(one.batch_size, one.config.precision, one.recompute) for one in seen]
     assert found == [(8, "bf16", True), (3, "fp32", False)]
-        (8, "bf16", True),
-        (3, "fp32", False),
-    ]
 
 
 @pytest.mark.parametrize(
