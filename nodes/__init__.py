@@ -8,6 +8,7 @@ from comfy_api.latest import ComfyExtension, io
 from .autoencoder import SanaDCAEDecode, SanaDCAEEncode
 from .conditioning import SanaPromptEncode
 from .controlnet import SanaControlNetApply, SanaControlNetLoader
+from .dataset import SanaDataset
 from .download import SanaDownloadModel
 from .grid import SanaXYGrid, SanaXYValues
 from .guidance import SanaPAG
@@ -19,6 +20,7 @@ from .replacements import register_replacements
 from .sampling import SanaFlowDPMSolver, SanaSampler, SanaScheduler
 from .scoring import SanaPickBest, SanaScorerLoader
 from .sprint import SanaSprintSampler
+from .trainer import SanaTrainer
 
 NODES: list[type[io.ComfyNode]] = [
     SanaDiffusionModelLoader,
@@ -43,6 +45,8 @@ NODES: list[type[io.ComfyNode]] = [
     SanaPickBest,
     SanaXYValues,
     SanaXYGrid,
+    SanaDataset,
+    SanaTrainer,
 ]
 
 _MODELS = Path(__file__).parents[1] / "models"

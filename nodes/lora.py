@@ -6,7 +6,7 @@ import comfy.weight_adapter
 import folder_paths
 from comfy_api.latest import io
 
-from ..sana_core.checkpoint import read_lora
+from ..sana_core.checkpoint import Lora, read_lora
 from ..sana_core.models.lora import LoraLayer
 from ..sana_core.models.sana import SanaTransformer
 from .notice import notice
@@ -57,10 +57,16 @@ class SanaLoraLoader(io.ComfyNode):
                 "ComfyUI's Load LoRA for this one."
             )
         lora = read_lora(folder_paths.get_full_path_or_raise("loras", lora_name), network.config)
-        patched = model.clone()
-        patched.add_patches(dict(map(_patch, lora.layers)), strength_model)
+        patched = patch_model(model, lora, strength_model)
         log.log(logging.WARNING if lora.unmatched else logging.INFO, "%s: %s", lora_name, lora.summary)
         return io.NodeOutput(patched, ui=notice(f"{lora_name}: {lora.summary}", cls.hidden))
+
+
+def patch_model(model, lora: Lora, strength: float):
+    """A MODEL of the same weights with the LoRA, which ComfyUI adds when it samples."""
+    patched = model.clone()
+    patched.add_patches(dict(map(_patch, lora.layers)), strength)
+    return patched
 
 
 def _patch(layer: LoraLayer):

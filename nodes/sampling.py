@@ -123,15 +123,17 @@ def sample_latent(
     return {**kept, "samples": samples}
 
 
-def seed_input() -> io.Int.Input:
-    """The seed of every sampler."""
+def seed_input(
+    tooltip: str = "Number that the noise is drawn from: the same seed gives the same picture.",
+) -> io.Int.Input:
+    """The seed of every sampler, and of the trainer."""
     return io.Int.Input(
         "seed",
         default=0,
         min=0,
         max=0xFFFFFFFFFFFFFFFF,
         control_after_generate=True,
-        tooltip="Number that the noise is drawn from: the same seed gives the same picture.",
+        tooltip=tooltip,
     )
 
 

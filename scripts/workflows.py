@@ -43,6 +43,7 @@ GROUPS = [  # title, colour, nodes by their title in the API file; one column ea
         "#3f789e",
         ["Transformer", "LoRA", "Perturbed attention", "ControlNet", "Text encoder", "Autoencoder"],
     ),
+    ("Train it", "#785a9e", ["Data set", "Trainer", "Loss"]),
     ("What to draw", "#8a8", ["Prompts", "Prompt", "Negative prompt", "Size"]),
     (
         "What to start from",
@@ -58,7 +59,8 @@ LAY_OUT = """
 async ({ name, api, groups, note, models, id }) => {
   const GAP = 30, TITLE = LiteGraph.NODE_TITLE_HEIGHT, HEADER = 50, WIDTH = 330;
   // With room for previews.
-  const LEAST_HEIGHT = { SanaPromptEncode: 260, SanaSampler: 520, SaveImage: 400, LoadImage: 400 };
+  const LEAST_HEIGHT = { SanaPromptEncode: 260, SanaSampler: 520, SaveImage: 400, LoadImage: 400, SanaDataset: 330,
+    SanaTrainer: 950, LossGraphNode: 300 };
   await app.loadApiJson(api, name);
   const graph = app.graph;
   const byTitle = new Map(graph.nodes.map((node) => [api[node.id]._meta.title, node]));

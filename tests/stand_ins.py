@@ -12,6 +12,7 @@ from sana_core.published import PUBLISHED, PublishedFile
 from tests import loras, tiny
 
 SIZE = {"width": 96, "height": 64}
+TRAINING = {"resolution": "256", "steps": 2, "batch_size": 2, "sample_every": 2}
 FEATURES = ("qk_norm", "guidance_embed", "timestep_scale", "pos_embed_base", "pos_embed_interpolation", "shift")
 FILES = {file.filename: file for file in PUBLISHED.values()}
 LORA = "my_sana_lora.safetensors"
@@ -28,6 +29,8 @@ def make(workflow: dict, models: Path, inputs: Path) -> None:
                 _make_lora(models / "loras" / value)
         if node["class_type"] == "LoadImage":
             _make_picture(inputs / node["inputs"]["image"])
+        if node["class_type"] == "SanaDataset":
+            _make_dataset(inputs / node["inputs"]["folder"])
 
 
 def ships_with_the_pack(workflow: dict) -> bool:
@@ -36,8 +39,10 @@ def ships_with_the_pack(workflow: dict) -> bool:
 
 
 def shrink(workflow: dict) -> None:
-    """A size that tiny weights draw in no time, wherever the workflow names one."""
+    """A size that tiny weights draw in no time, wherever the workflow names one; and a short training."""
     for node in workflow.values():
+        if node["class_type"] in ("SanaDataset", "SanaTrainer"):
+            node["inputs"] |= {name: value for name, value in TRAINING.items() if name in node["inputs"]}
         for side, pixels in SIZE.items():
             for name in (side, f"resize_type.{side}"):
                 if isinstance(node["inputs"].get(name), int):
@@ -62,6 +67,14 @@ def _make_weights(file: PublishedFile, path: Path) -> None:
 def _make_lora(path: Path) -> None:
     path.parent.mkdir(exist_ok=True)
     save_file(loras.flat(loras.factors(tiny.transformer(), ["blocks.1.attn.qkv"])), path)
+
+
+def _make_dataset(folder: Path) -> None:
+    """Four small pictures of noise with their captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(4):
+        Image.effect_noise((256, 256), 50 + 20 * number).convert("RGB").save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(f"noise number {number}", encoding="utf-8")
 
 
 def _make_picture(path: Path) -> None:

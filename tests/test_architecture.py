@@ -48,7 +48,7 @@ MAY_IMPORT = {
     "text": {"config"},
     "checkpoint": MIDDLE | {"text"},  # load_text_encoder builds text.TextEncoder
     "pipeline": UPPER,
-    "training": UPPER,
+    "training": UPPER | {"lettering", "pipeline"},  # the loop draws samples of what it trains
     "lettering": set(),
     "grid": {"lettering"},
     "evaluation": {"pictures"},  # a pipeline to draw with is handed over

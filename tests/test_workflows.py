@@ -10,8 +10,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 WORKFLOWS = ROOT / "workflows"
 CORE_NODES = {
-    "ControlNetApplyAdvanced", "ImageCompositeMasked", "LoadImage", "ResizeImageMaskNode", "SaveImage",
-    "SetLatentNoiseMask",
+    "ControlNetApplyAdvanced", "ImageCompositeMasked", "LoadImage", "LossGraphNode", "ResizeImageMaskNode",
+    "SaveImage", "SetLatentNoiseMask",
 }  # fmt: skip
 BUTTON = "IMAGEUPLOAD"  # a widget of LoadImage that does not run
 FRONT_END_NODES = {"MarkdownNote"}  # exist in the browser only

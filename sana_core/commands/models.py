@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from ..hub import fetch_model
 from ..pipeline import SanaPipeline
 from ..text import CaptionCache
 
@@ -17,8 +18,8 @@ NANO_FILES = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Declare the options that `model_files` and `load_pipeline` read."""
+def add_model_options(parser: argparse.ArgumentParser, *, dtype: bool = True) -> None:
+    """Declare the options that `model_files` and `load_pipeline` read; `dtype`: whether weights have one to choose."""
     add = parser.add_argument
     add("--transformer", type=Path, help="file or folder; the default is the sana-nano that ships with the pack")
     add("--vae", type=Path, help="file or folder of the DC-AE autoencoder")
@@ -26,7 +27,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, help="instead of the three: a folder in the diffusers layout, or a name of `download`")
     add("--variant", help="name of the preset, where the transformer's file alone cannot tell")
     add("--device", type=_device, help="cuda, cpu ...; the default is a GPU if there is one")
-    add("--dtype", choices=list(DTYPES), help="of the weights; the default is the files', float32 on a CPU")
+    if dtype:
+        add("--dtype", choices=list(DTYPES), help="of the weights; the default is the files', float32 on a CPU")
 
 
 def model_files(args: argparse.Namespace) -> dict[str, Path]:
@@ -42,6 +44,18 @@ def model_files(args: argparse.Namespace) -> dict[str, Path]:
     if missing:
         raise ValueError(f"{' and '.join(missing)} missing: name all three files of the model, or none for sana-nano")
     return given
+
+
+def component_paths(files: dict[str, Path]) -> dict[str, Path]:
+    """Where each of the three networks is, of what `model_files` returned; a published model is fetched.
+
+    Raises ValueError for a name that is neither a folder nor a published model, DownloadError.
+    """
+    if "model" not in files:
+        return files
+    if files["model"].is_dir():
+        return {name: files["model"] / name for name in NANO_FILES}
+    return fetch_model(str(files["model"]))
 
 
 def load_pipeline(args: argparse.Namespace, files: dict[str, Path]) -> SanaPipeline:

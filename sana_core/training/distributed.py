@@ -6,6 +6,7 @@
 import errno
 import os
 from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..models.sana import SanaTransformer
 
 WEIGHTS, SHARDS = "weights.pt", "shards"
+PATIENCE = timedelta(days=30)  # with the first rank, while it encodes the data set or draws samples
 
 
 class Single:
@@ -160,9 +162,9 @@ def from_environment(device: str | None = None, *, shard: bool = False) -> Singl
         if shard:
             raise ValueError("Sharding needs more than one process; start them with torchrun --nproc-per-node=N.")
         return Single(kind)
-    if kind == "cuda":
+    if kind.startswith("cuda"):
         kind = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(kind)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if kind.startswith("cuda") else "gloo", timeout=PATIENCE)
     return FSDP(kind) if shard else DDP(kind)

@@ -16,11 +16,11 @@ from torch import nn
 from .average import Average
 from .config import TrainConfig, fixed_settings
 from .distributed import Single
+from .lock import run_lock
 from .loss import Objective, sample_generators
 from .optimizers import learning_rate, optimizer_factory
 from .progress import Progress, Reporter
 from .run import Run
-from .state import run_lock
 from .stop import Stopped, StopSignals
 
 logger = logging.getLogger(__name__)
@@ -88,7 +88,7 @@ def train(
 
     Raises:
         ValueError: settings that do not fit each other, the model, or the run that is to be resumed.
-        RuntimeError: another process trains in this folder.
+        RunInUse: another process trains in this folder.
         TrainingDiverged: three steps in a row were not finite; the newest saved state is from before them.
         Stopped: by SIGINT or SIGTERM, after saving.
         OSError: the last state could not be written.

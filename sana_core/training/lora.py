@@ -46,9 +46,11 @@ class AdaptedLayer(nn.Module):
         out = self.base(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.down[0].dtype)
-        apply, dim = (F.conv2d, 1) if isinstance(self.base, nn.Conv2d) else (F.linear, -1)
-        added = [apply(apply(x, down), up) for down, up in zip(self.down, self.up, strict=True)]
-        return out + self.scale * torch.cat(added, dim).to(out.dtype)
+        # The model's 1x1 convolutions, too, are called with tokens, channels last.
+        added = [
+            F.linear(F.linear(x, down.flatten(1)), up.flatten(1)) for down, up in zip(self.down, self.up, strict=True)
+        ]
+        return out + self.scale * torch.cat(added, -1).to(out.dtype)
 
 
 def add_adapters(

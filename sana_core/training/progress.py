@@ -80,6 +80,13 @@ def tensorboard_writer(run: Path):
         ) from error
 
 
+def read_losses(run: Path) -> list[float]:
+    """The loss of each logged step of a run so far, in their order; none where nothing was trained yet."""
+    log = run / LOG
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+
+
 def _forget_after(log: Path, step: int) -> None:
     """Leaves out what a run logged after the state that it resumes from, and a line that was cut off by a kill."""
     if not log.exists():

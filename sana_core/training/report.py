@@ -9,9 +9,13 @@ from .entries import Problem
 SHOWN = 10  # of the files with the same problem
 
 
-def report(dataset: Dataset, tokenizer: Tokenizer, chi: bool | str = True) -> str:
-    """Bucket table, problems by reason, and token counts of the captions, as lines of text."""
-    return "\n".join([*_bucket_lines(dataset), "", *_token_lines(dataset, tokenizer, chi), *problem_lines(dataset)])
+def report(dataset: Dataset, tokenizer: Tokenizer | None, chi: bool | str = True) -> str:
+    """Bucket table, problems by reason, and token counts of the captions, as lines of text.
+
+    Without a tokenizer the captions' tokens are not counted.
+    """
+    tokens = [] if tokenizer is None else ["", *_token_lines(dataset, tokenizer, chi)]
+    return "\n".join([*_bucket_lines(dataset), *tokens, *problem_lines(dataset)])
 
 
 def problem_lines(dataset: Dataset) -> Iterator[str]:

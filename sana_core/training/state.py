@@ -1,46 +1,21 @@
 """The state of a training run on disk: one folder per saved step, complete or absent, whenever the run is killed."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, LOCK = "manifest.json", "run.lock"
+MANIFEST = "manifest.json"
 _FOLDER = re.compile(r"step_(\d{8})")
 _PARTIAL = ".partial"
-
-
-@contextmanager
-def run_lock(run: Path) -> Iterator[None]:
-    """Holds the folder of a run for this process; the system lets go of it when the process ends, however it does.
-
-    Raises:
-        RuntimeError: another process trains there.
-        OSError: the folder cannot be written to.
-    """
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            owner = file.read().strip() or "another process"
-            raise RuntimeError(f"{run} is in use by {owner}. Stop that run, or choose another folder.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
 
 
 def save_state(
@@ -87,7 +62,7 @@ def save_state(
             shutil.rmtree(partial, ignore_errors=True)
         raise
     if rank == 0 and _sizes_agree(folder):
-        for old in _saved_steps(run)[:-keep]:
+        for old in saved_states(run)[:-keep]:
             shutil.rmtree(old)
     return folder
 
@@ -126,7 +101,7 @@ def _write_manifest(partial: Path, step: int, progress: dict[str, Any]) -> None:
 
 def newest_state(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The newest folder of `run` whose files have the hashes of its manifest, and its `progress`; None without one."""
-    for folder in reversed(_saved_steps(run)):
+    for folder in reversed(saved_states(run)):
         if _sizes_agree(folder) and _hashes_agree(folder):
             return folder, _manifest(folder)["progress"]
         logger.warning("%s is incomplete or damaged: using the one before it", folder)
@@ -139,7 +114,8 @@ def remove_partial(run: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _saved_steps(run: Path) -> list[Path]:
+def saved_states(run: Path) -> list[Path]:
+    """The folders of a run's saved steps, oldest first; whether they are whole is not looked at."""
     return sorted(folder for folder in run.glob("step_*") if _FOLDER.fullmatch(folder.name))
 
 
@@ -169,7 +145,10 @@ def _hash(path: Path) -> str:
 
 def _sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    on_windows = os.name == "nt"
+    if on_windows and path.is_dir():
+        return  # it opens no folders, and writes their lists by itself
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -30,7 +30,10 @@ NODE_IDS = {  # never change once released
     "SanaPickBest",
     "SanaXYValues",
     "SanaXYGrid",
+    "SanaDataset",
+    "SanaTrainer",
 }
+CATEGORIES = {"loaders", "conditioning", "latent", "sampling", "image", "training"}
 LANGUAGES = ("en", "zh")
 FOLDERS = ("diffusion_models", "text_encoders", "vae")
 
@@ -62,7 +65,14 @@ def test_all_nodes_are_registered(schemas, pack):
 def test_a_node_describes_itself(schema):
     assert schema.display_name and schema.search_aliases
     assert len(schema.description) > 20
-    assert schema.category in {"sana/loaders", "sana/conditioning", "sana/latent", "sana/sampling", "sana/image"}
+    assert schema.category in {
+        "sana/loaders",
+        "sana/conditioning",
+        "sana/latent",
+        "sana/sampling",
+        "sana/image",
+        "sana/training",
+    }
 
 
 def test_every_input_and_output_has_a_tooltip(schema):

@@ -1,8 +1,9 @@
-"""A micro transformer, batches for it, and a run that trains it: also as a program, to be killed by a test.
+"""A micro transformer, batches for it, and runs that train it: also as a program, for torchrun.
 
-python tests/training/micro.py FOLDER STEPS OPTIMIZER [--shard]
+python tests/training/micro.py JOBS     a JSON file with a list of lists of arguments of `job`
 """
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -97,12 +98,18 @@ def weights(model: torch.nn.Module) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING)
+def job(folder: str | Path, steps: int, optimizer: str, shard: bool = False) -> None:
+    """Trains with the processes that there are, and writes the weights and their names to FOLDER/trained.pt."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    folder, steps = Path(sys.argv[1]), int(sys.argv[2])
-    ranks = from_environment("cpu", shard="--shard" in sys.argv)
-    trained = run(folder, ranks=ranks, size=GLOBAL_BATCH // ranks.world_size, steps=steps, optimizer=sys.argv[3])
+    folder, ranks = Path(folder), from_environment("cpu", shard=shard)
+    trained = run(folder, ranks=ranks, size=GLOBAL_BATCH // ranks.world_size, steps=steps, optimizer=optimizer)
     whole = ranks.weights(trained)
     if ranks.rank == 0:
         torch.save(whole, folder / "trained.pt")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+        job(*arguments)

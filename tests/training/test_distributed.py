@@ -1,6 +1,7 @@
 """Two processes train as one does: with a copy of the model each, and with the model shared out. Also when killed."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -16,16 +17,22 @@ from sana_core.training.distributed import FSDP, Single, from_environment
 from sana_core.training.lora import add_adapters
 from tests import tiny
 
+from . import micro
+
 PROGRAM = str(Path(__file__).with_name("micro.py"))
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
-def train(folder, steps, *options, processes=1, optimizer="sgd"):
-    start = [*TORCHRUN, f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
-    command = [*start, PROGRAM, folder, str(steps), optimizer, *options]
+def train_in_two_processes(folder, jobs):
+    """All of the jobs in one group of processes: starting one takes longer than a job."""
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    command = [*TORCHRUN, PROGRAM, folder / "jobs.json"]
     result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr
+
+
+def trained(folder):
     return torch.load(folder / "trained.pt", weights_only=True)
 
 
@@ -38,59 +45,94 @@ def difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
+@pytest.fixture
+def one_process(monkeypatch):
+    """Runs a job in this process, and leaves its threads as they were."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    threads = torch.get_num_threads()
+    yield micro.job
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("alone")
-    return train(folder, 6), losses(folder)
+def folder(tmp_path_factory):
+    """Runs of six steps, by name, of which "grown" was begun by one process and "shrunk" is left to one to end."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("WORLD_SIZE", raising=False)
+        threads = torch.get_num_threads()
+        micro.job(folder / "alone", 6, "sgd")
+        micro.job(folder / "grown", 3, "sgd")
+        torch.set_num_threads(threads)
+    jobs = [
+        ("copies", 6, "sgd", False),
+        ("shared out", 6, "sgd", True),
+        ("grown", 6, "sgd", False),
+        ("shrunk", 3, "sgd", False),
+        ("unbroken", 6, "adamw", True),
+        ("broken", 3, "adamw", True),
+        ("broken", 6, "adamw", True),
+    ]
+    train_in_two_processes(folder, [(str(folder / name), *rest) for name, *rest in jobs])
+    return folder
 
 
-@pytest.mark.parametrize("options", [(), ("--shard",)], ids=["copies", "shared out"])
-def test_two_processes_train_as_one(tmp_path, alone, options):
-    trained = train(tmp_path, 6, *options, processes=2)
-    assert difference(trained, alone[0]) < 1e-6
-    assert losses(tmp_path) == pytest.approx(alone[1], abs=1e-6)
-    assert len(alone[1]) == 6
+@pytest.mark.parametrize("name", ["copies", "shared out", "grown"])
+def test_two_processes_train_as_one(folder, name):
+    assert difference(trained(folder / name), trained(folder / "alone")) < 1e-6
+    assert losses(folder / name) == pytest.approx(losses(folder / "alone"), abs=1e-6)
+    assert len(losses(folder / name)) == 6
 
 
-@pytest.mark.parametrize("before, after", [(1, 2), pytest.param(2, 1, marks=pytest.mark.slow)])
-def test_resumes_with_another_world_size(tmp_path, alone, before, after):
-    train(tmp_path, 3, processes=before)
-    assert difference(train(tmp_path, 6, processes=after), alone[0]) < 1e-6
-    assert losses(tmp_path) == pytest.approx(alone[1], abs=1e-6)
+def test_one_process_goes_on_where_two_were(folder, one_process):
+    one_process(folder / "shrunk", 6, "sgd")
+    assert difference(trained(folder / "shrunk"), trained(folder / "alone")) < 1e-6
+    assert losses(folder / "shrunk") == pytest.approx(losses(folder / "alone"), abs=1e-6)
 
 
-@pytest.mark.slow
-def test_a_shared_out_run_resumes_exactly(tmp_path):
-    unbroken = train(tmp_path / "unbroken", 6, "--shard", processes=2, optimizer="adamw")
-    train(tmp_path / "broken", 3, "--shard", processes=2, optimizer="adamw")
-    assert difference(train(tmp_path / "broken", 6, "--shard", processes=2, optimizer="adamw"), unbroken) == 0
+def test_a_shared_out_run_resumes_exactly(folder):
+    assert difference(trained(folder / "broken"), trained(folder / "unbroken")) == 0
 
 
-def killed_run(folder, steps, kills, seed):
-    """Trains with SIGKILL at random moments; returns how many of the processes were killed, and the result."""
+@pytest.fixture(scope="module")
+def start():
+    """Starts a job in a process of its own, forked off one that has imported everything and done nothing yet."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([micro.__name__])
+
+    def start(*arguments):
+        process = context.Process(target=micro.job, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+def killed_run(start, folder, steps, kills, seed):
+    """Trains with SIGKILL at random moments; returns how many of the processes were killed."""
     rng, killed = random.Random(seed), 0
-    command = [sys.executable, PROGRAM, folder, str(steps), "adamw"]
     while True:
         before = set(folder.glob("step_*"))
-        process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        process = start(folder, steps, "adamw")
         if killed < kills:
-            while process.poll() is None and set(folder.glob("step_*")) <= before:  # it must get forward, too
+            while process.is_alive() and set(folder.glob("step_*")) <= before:  # it must get forward, too
                 time.sleep(0.005)
             time.sleep(rng.uniform(0, 0.25))
-            process.send_signal(signal.SIGKILL)
-        if process.wait() != -signal.SIGKILL:
-            assert process.returncode == 0
-            return killed, torch.load(folder / "trained.pt", weights_only=True)
+            process.kill()
+        process.join()
+        if process.exitcode != -signal.SIGKILL:
+            assert process.exitcode == 0
+            return killed
         killed += 1
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_ends_bit_equal(tmp_path, kills):
-    steps = 40 * kills
-    unbroken = train(tmp_path / "unbroken", steps, optimizer="adamw")
-    killed, trained = killed_run(tmp_path / "killed", steps, kills, seed=kills)
-    assert killed == kills
-    assert difference(trained, unbroken) == 0
+def test_killed_at_random_moments_ends_bit_equal(tmp_path, start, kills):
+    steps = 30 * kills
+    unbroken = start(tmp_path / "unbroken", steps, "adamw")
+    assert killed_run(start, tmp_path / "killed", steps, kills, seed=kills) == kills
+    unbroken.join()
+    assert difference(trained(tmp_path / "killed"), trained(tmp_path / "unbroken")) == 0
     assert losses(tmp_path / "killed") == losses(tmp_path / "unbroken")
 
 

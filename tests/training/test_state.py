@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from sana_core.training.state import newest_state, run_lock, save_state
+from sana_core.training.lock import run_lock
+from sana_core.training.state import newest_state, save_state
 from tests import tiny
 
 from .micro import run
@@ -101,7 +102,7 @@ def test_two_runs_cannot_share_a_folder(tmp_path):
 
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from sana_core.training.state import run_lock\n"
+        "import os, sys; from pathlib import Path; from sana_core.training.lock import run_lock\n"
         "with run_lock(Path(sys.argv[1])): os.kill(os.getpid(), 9)"
     )
     assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == -9
