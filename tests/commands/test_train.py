@@ -20,6 +20,8 @@ from sana_core.training.state import newest_state
 from tests.conftest import ROOT
 from tests.training.pictures import picture, write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = "a red cat"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
