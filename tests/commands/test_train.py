@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -139,7 +140,7 @@ def test_control_c_saves(command, tmp_path):
     program = [sys.executable, "-u", "-m", "sana_core", *command(output=run, steps=100_000)]
     process = subprocess.Popen(program, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not ((run / "log.jsonl").exists() and losses_so_far(run)):
-        pass
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
     _, progress = newest_state(run)
