@@ -20,6 +20,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tests that train: tiny networks gain nothing from a second, and lose much where others use the processor."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def comfyui() -> Path:
     """Folder of the ComfyUI to test with: COMFYUI_PATH, or what scripts/comfyui.sh prepared."""

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from sana_core.pictures import read_metadata
 from sana_core.training.state import newest_state
 from tests.conftest import ROOT
 from tests.training.pictures import picture, write
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 PROMPT = "a red cat"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -137,7 +140,7 @@ def test_control_c_saves(command, tmp_path):
     program = [sys.executable, "-u", "-m", "sana_core", *command(output=run, steps=100_000)]
     process = subprocess.Popen(program, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
     while process.poll() is None and not ((run / "log.jsonl").exists() and losses_so_far(run)):
-        pass
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
     _, progress = newest_state(run)

@@ -8,6 +8,8 @@ from sana_core.models.lora import apply_lora
 from sana_core.training.progress import Progress
 from tests.training.pictures import picture, write
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 
 

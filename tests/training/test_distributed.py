@@ -45,25 +45,14 @@ def difference(one, other):
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-@pytest.fixture
-def one_process(monkeypatch):
-    """Runs a job in this process, and leaves its threads as they were."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    threads = torch.get_num_threads()
-    yield micro.job
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Runs of six steps, by name, of which "grown" was begun by one process and "shrunk" is left to one to end."""
     folder = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("WORLD_SIZE", raising=False)
-        threads = torch.get_num_threads()
         micro.job(folder / "alone", 6, "sgd")
         micro.job(folder / "grown", 3, "sgd")
-        torch.set_num_threads(threads)
     jobs = [
         ("copies", 6, "sgd", False),
         ("shared out", 6, "sgd", True),
@@ -84,8 +73,9 @@ def test_two_processes_train_as_one(folder, name):
     assert len(losses(folder / name)) == 6
 
 
-def test_one_process_goes_on_where_two_were(folder, one_process):
-    one_process(folder / "shrunk", 6, "sgd")
+def test_one_process_goes_on_where_two_were(folder, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    micro.job(folder / "shrunk", 6, "sgd")
     assert difference(trained(folder / "shrunk"), trained(folder / "alone")) < 1e-6
     assert losses(folder / "shrunk") == pytest.approx(losses(folder / "alone"), abs=1e-6)
 
