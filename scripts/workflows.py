@@ -60,7 +60,7 @@ async ({ name, api, groups, note, models, id }) => {
   const GAP = 30, TITLE = LiteGraph.NODE_TITLE_HEIGHT, HEADER = 50, WIDTH = 330;
   // With room for previews.
   const LEAST_HEIGHT = { SanaPromptEncode: 260, SanaSampler: 520, SaveImage: 400, LoadImage: 400, SanaDataset: 330,
-    SanaTrainer: 950, LossGraphNode: 300 };
+    LossGraphNode: 300 };
   await app.loadApiJson(api, name);
   const graph = app.graph;
   const byTitle = new Map(graph.nodes.map((node) => [api[node.id]._meta.title, node]));
