@@ -2,6 +2,9 @@
 
 A scorer is a callable `scorer(pictures, prompts) -> scores` of equally long lists. It gets all pictures at once, so
 that one that compares pictures with each other, as the tournament of official Sana's inference-time scaling, fits too.
+
+It may have a method `check(prompts, size)`, which is asked before pictures of these prompts are drawn and raises
+ValueError for what it could not score. The size is (width, height), or None where it is not known yet.
 """
 
 import importlib
