@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .scorers import Scorer, score_pictures
+from .scorers import Scorer, check_before_scoring, score_pictures
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,8 @@ def best_of(pipe, prompt: str, count: int, scorer: Scorer, *, seed: int, **setti
     """
     if count < 1:
         raise ValueError(f"best of {count}: expected 1 or more pictures")
-    check = getattr(scorer, "check", None)
-    if check:
-        size = settings.get("width"), settings.get("height")
-        check([prompt], None if None in size else size)
+    size = settings.get("width"), settings.get("height")
+    check_before_scoring(scorer, [prompt], None if None in size else size)
     seeds = range(seed, seed + count)
     pictures = [pipe(prompt, seed=number, **settings)[0] for number in seeds]
     scores = score_pictures(scorer, pictures, [prompt] * count)
