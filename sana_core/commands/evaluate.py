@@ -27,7 +27,6 @@ def add_parser(commands) -> None:
         help="score pictures",
         description="Score pictures: against the prompts that `generate` wrote into them (--scorer), against a folder "
         "of reference pictures (--reference), or by drawing what sana-nano has never seen (--nano).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--images", type=Path, metavar="FOLDER", help="the pictures")
