@@ -1,11 +1,16 @@
 """ControlNet files, and their pictures in a conditioning."""
 
+import logging
+
 from comfy_api.latest import io
 
 import nodes  # of ComfyUI
 
 from .control import SanaControl, load_control
 from .model_files import find_model, list_models
+from .notice import notice
+
+log = logging.getLogger(__name__)
 
 
 class SanaControlNetLoader(io.ComfyNode):
@@ -85,6 +90,7 @@ class SanaControlNetApply(io.ComfyNode):
                 io.Conditioning.Output("positive", display_name="positive", tooltip="With the control, for a sampler."),
                 io.Conditioning.Output("negative", display_name="negative", tooltip="With the control, for a sampler."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -100,7 +106,11 @@ class SanaControlNetApply(io.ComfyNode):
         controlled = nodes.ControlNetApplyAdvanced().apply_controlnet(
             positive, negative, control_net, image, strength, start_percent, end_percent, vae
         )
-        return io.NodeOutput(*controlled)
+        if start_percent <= end_percent:
+            return io.NodeOutput(*controlled)
+        text = f"The control counts nowhere: start_percent {start_percent} is above end_percent {end_percent}."
+        log.warning(text)
+        return io.NodeOutput(*controlled, ui=notice(text, cls.hidden))
 
 
 def _percent(name: str, default: float, tooltip: str) -> io.Float.Input:

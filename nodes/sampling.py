@@ -17,6 +17,7 @@ from ..sana_core.sampler.guidance import PAG_OFF, Interval
 from ..sana_core.sampler.schedule import SCHEDULES
 from .adapter import FLOOR_TIMESTEPS
 from .guidance import IntervalGuider, perturb_attention
+from .limits import check_values
 
 log = logging.getLogger(__name__)
 
@@ -265,7 +266,9 @@ class SanaSampler(io.ComfyNode):
         guidance_interval_low=0.0,
         guidance_interval_high=1.0,
     ) -> io.NodeOutput:
-        """The latent dictionary with new samples."""
+        """The latent dictionary with new samples. Raises ValueError for a value beyond its widget's limits."""
+        inputs = cls.define_schema().inputs
+        check_values(inputs, seed=seed, steps=steps, cfg=cfg, sampler=sampler, denoise=denoise)
         samples = fitted_samples(model, latent_image)
         sigmas = flow_sigmas(model, sampler, steps, shift, denoise)
         interval = (guidance_interval_low, guidance_interval_high)

@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..sana_core.sampler import scm
 from .adapter import SPRINT_GUIDANCE, SanaModel
+from .limits import check_values
 from .sampling import fitted_samples, sample_latent, seed_input
 
 log = logging.getLogger(__name__)
@@ -127,8 +128,13 @@ class SanaSprintSampler(io.ComfyNode):
     def execute(
         cls, model, positive, latent_image, seed, steps=scm.DEFAULT_STEPS, guidance=4.5, denoise=1.0, timesteps=""
     ) -> io.NodeOutput:
-        """The latent dictionary with new samples."""
+        """The latent dictionary with new samples.
+
+        Raises ValueError for a model that is no Sprint, and for a value beyond its widget's limits.
+        """
         _require_sprint(model)
+        inputs = cls.define_schema().inputs
+        check_values(inputs, seed=seed, steps=steps, guidance=guidance, denoise=denoise)
         sigmas = sprint_sigmas(steps, timesteps, denoise)
         samples = fitted_samples(model, latent_image)
         if 0 < denoise < 1 and scm.starts_from_noise(sigmas) and torch.count_nonzero(samples):

@@ -7,6 +7,7 @@ import sys
 import torch
 
 from .commands import convert, download, evaluate, generate, grid, train
+from .commands.options import CommandParser
 
 COMMANDS = {
     "generate": generate,
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m sana_core", description=__doc__)
+    parser = CommandParser(prog="python -m sana_core", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar=" | ".join(COMMANDS))
     for command in COMMANDS.values():
         command.add_parser(commands)

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -85,6 +86,7 @@ def _require_space(missing: list[tuple[PublishedFile, Path]]) -> None:
     needed: dict[int, int] = {}
     for file, folder in missing:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        _require_writable(existing)
         disk = existing.stat().st_dev
         needed[disk] = needed.get(disk, 0) + file.size - sum(part.stat().st_size for part in _parts(file, folder))
         free = shutil.disk_usage(existing).free
@@ -93,6 +95,14 @@ def _require_space(missing: list[tuple[PublishedFile, Path]]) -> None:
                 f"{existing}: {describe_size(free)} are free on this disk, and {describe_size(needed[disk])} or more "
                 "are needed. Make room, or choose another folder"
             )
+
+
+def _require_writable(folder: Path) -> None:
+    """By writing there, since permissions alone do not tell: a disk may be read-only, or no disk at all."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DownloadError(f"{folder} cannot be written: {error.strerror}. Choose another folder") from error
 
 
 def _parts(file: PublishedFile, folder: Path) -> list[Path]:

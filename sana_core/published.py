@@ -10,7 +10,7 @@ HUB = "https://huggingface.co"
 TEXT_ENCODER = "gemma_2_2b_it_elm_bf16"
 AUTOENCODER = "dc-ae-f32c32-sana-1.1"  # the decoder that the authors improved after they had trained the models
 
-_NVIDIA = "NVIDIA, research use: read the LICENSE in its repository"
+_NVIDIA = "NVIDIA, stated in several ways, research use among them: read the LICENSE in its repository"
 _GEMMA = "Gemma Terms of Use, https://ai.google.dev/gemma/terms"
 _APACHE = "Apache-2.0, as the efficientvit repository says"
 _BASE_SUFFIX = "_ControlNet_HED"
@@ -133,7 +133,7 @@ PUBLISHED = _table()
 def find_published(name: str) -> PublishedFile:
     """The entry of a name, or of a repository, be it the official one or its diffusers twin.
 
-    Raises ValueError, with the names that are spelled alike, for anything else.
+    Raises ValueError, with names that are spelled alike, for anything else.
     """
     wanted = _fold(name)
     for file in PUBLISHED.values():
@@ -141,7 +141,7 @@ def find_published(name: str) -> PublishedFile:
             return file
     known = {_fold(file): file for file in PUBLISHED}
     near = [known[match] for match in difflib.get_close_matches(wanted.rpartition("/")[2], known, n=3, cutoff=0.5)]
-    hint = f"Did you mean {' or '.join(near)}?" if near else f"It knows {', '.join(PUBLISHED)}."
+    hint = f"Did you mean {' or '.join(near)}?" if near else "`download --list` shows what is in it."
     raise ValueError(f"{name!r} is not in the table of published files, and nothing else is downloaded. {hint}")
 
 

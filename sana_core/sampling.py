@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .captions import Captions, join_captions
 from .finite import require_finite
-from .models.controlnet import Control
+from .models.controlnet import Control, repeat_last
 from .models.sana import Perturbation, SanaTransformer
 from .sampler import scm
 from .sampler.flow import SAMPLERS
@@ -131,5 +131,4 @@ def velocity(
 
 
 def _for_rows(control: Control, count: int) -> Control:
-    rows = len(control.hint)
-    return control if rows == 1 else replace(control, hint=control.hint.repeat(count // rows, 1, 1, 1))
+    return control if len(control.hint) == 1 else replace(control, hint=repeat_last(control.hint, count))

@@ -253,6 +253,13 @@ def test_room_is_asked_for_all_files_together_before_the_first(server, folder, m
     assert len(fetch(folder, FILE, other)) == 2
 
 
+def test_a_folder_that_cannot_be_written_is_said(server, folder):
+    folder.parent.write_text("a file where the folder would be")
+    with pytest.raises(DownloadError, match=f"{folder.parent} cannot be written: Not a directory. Choose another"):
+        fetch(folder)
+    assert server.requests == []
+
+
 def test_a_disk_that_fills_up_is_said(server, folder):
     break_off(server, folder)
     part = part_of(folder)

@@ -92,7 +92,7 @@ def test_names_and_repositories_are_found(spelling, name):
         ("Sana_1600M_1024", "Did you mean Sana_1600M_1024px or "),
         ("someone/Sana_Sprint_1.6B_1024px", "Did you mean Sana_Sprint_1.6B_1024px"),
         ("dc-ae-f64c128", "dc-ae-f64c128-in-1.0"),
-        ("stabilityai/sdxl", "It knows Sana_600M_512px, "),
+        ("stabilityai/sdxl", "download --list` shows what is in it"),
         ("sana-nano", "not in the table"),
         ("../../etc/passwd", "not in the table"),
     ],

@@ -46,9 +46,11 @@ def load_drawer(args: argparse.Namespace, pipe: SanaPipeline) -> Drawer:
     if args.best_of is None:
         return lambda prompt, **settings: (pipe(prompt, **settings)[0], {})
     scorer = load_scorer(args.scorer, pipe.device)
+    own = pipe.transformer.config.image_size
 
     def draw(prompt: str, *, seed: int, **settings) -> tuple[Image.Image, dict]:
-        best = best_of(pipe, prompt, args.best_of, scorer, seed=seed, **settings)
+        sides = {side: own for side in ("height", "width") if settings[side] is None}  # for the scorer to check
+        best = best_of(pipe, prompt, args.best_of, scorer, seed=seed, **settings | sides)
         logger.info("seed %d is the best of %d: %.4g", best.seed, args.best_of, best.scores[best.seed])
         return best.picture, {"seed": best.seed, "best_of": {"scorer": args.scorer, "scores": best.scores}}
 

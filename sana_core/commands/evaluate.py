@@ -5,6 +5,7 @@ import dataclasses
 import json
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -12,11 +13,11 @@ import torch
 from ..evaluation import frechet_distance, load_scorer, score_pictures
 from ..evaluation.distance import INSTALL, WEIGHTS_URL
 from ..evaluation.nano import score_held_out
-from ..evaluation.scorers import SCORER_NAMES
+from ..evaluation.scorers import SCORER_NAMES, Scorer, check_before_scoring
 from ..pictures import list_pictures, open_picture, read_metadata
 from .models import add_model_options, load_pipeline, model_files
 
-SHARE = 16  # pictures that are in memory at once
+SHARE = 16  # pictures that are in memory at once, or those of one prompt where they are more
 
 
 def add_parser(commands) -> None:
@@ -26,7 +27,6 @@ def add_parser(commands) -> None:
         help="score pictures",
         description="Score pictures: against the prompts that `generate` wrote into them (--scorer), against a folder "
         "of reference pictures (--reference), or by drawing what sana-nano has never seen (--nano).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--images", type=Path, metavar="FOLDER", help="the pictures")
@@ -78,17 +78,40 @@ def _check(args: argparse.Namespace) -> None:
 def _scores(args: argparse.Namespace, paths: list[Path]) -> dict:
     if not args.scorer:
         return {}
-    prompts = [_prompt(path) for path in paths]
+    prompts = {path: _prompt(path) for path in paths}
     found = {}
     for name in args.scorer:
         scorer = load_scorer(name, _device(args))
-        scores = []
-        for start in range(0, len(paths), SHARE):
-            part = slice(start, start + SHARE)
-            scores += score_pictures(scorer, [open_picture(path) for path in paths[part]], prompts[part])
-        pictures = dict(zip([path.name for path in paths], scores, strict=True))
-        found[name] = {"mean": statistics.fmean(scores), "pictures": pictures}
+        scores = {path: score for share in _shares(prompts) for path, score in _score(scorer, share, prompts)}
+        pictures = {path.name: scores[path] for path in paths}
+        found[name] = {"mean": statistics.fmean(scores.values()), "pictures": pictures}
     return {"scores": found}
+
+
+def _shares(prompts: dict[Path, str]) -> Iterator[list[Path]]:
+    """The pictures in shares of SHARE or more, none of which parts pictures of one prompt."""
+    by_prompt = {}
+    for path, prompt in prompts.items():
+        by_prompt.setdefault(prompt, []).append(path)
+    share = []
+    for paths in by_prompt.values():
+        share += paths
+        if len(share) >= SHARE:
+            yield share
+            share = []
+    if share:
+        yield share
+
+
+def _score(scorer: Scorer, paths: list[Path], prompts: dict[Path, str]) -> Iterator[tuple[Path, float]]:
+    pictures = [open_picture(path) for path in paths]
+    for path, picture in zip(paths, pictures, strict=True):
+        try:
+            check_before_scoring(scorer, [prompts[path]], picture.size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    scores = score_pictures(scorer, pictures, [prompts[path] for path in paths], [str(path) for path in paths])
+    return zip(paths, scores, strict=True)
 
 
 def _distance(args: argparse.Namespace, paths: list[Path]) -> dict:

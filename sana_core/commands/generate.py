@@ -31,7 +31,6 @@ def add_parser(commands) -> None:
         "generate",
         help="draw pictures of prompts",
         description="Draw a picture of each prompt and write it as PNG, with its settings in the file.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_drawing_options(parser)
     parser.set_defaults(run=generate)

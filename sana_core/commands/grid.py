@@ -27,7 +27,6 @@ def add_parser(commands) -> None:
         help="draw a prompt over lists of values, on one sheet",
         description="Draw a prompt with every pair of the values in --x and --y, all from the same seed, and put the "
         "pictures on one labelled sheet. Takes the options of `generate`; --x and --y vary any of them.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     axis = partial(_axis, parser)
     text = "an option of `generate` and its values; where a value holds a comma, put | between values"

@@ -40,7 +40,6 @@ def add_parser(commands) -> None:
         help="fine-tune a model on pictures with captions",
         description="Train a LoRA, or all weights, on a folder of pictures with captions. The same command goes on "
         "where it was stopped; Ctrl-C saves. torchrun starts it on several GPUs.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_data_options(parser)
     add_model_options(parser, dtype=False)

@@ -38,15 +38,21 @@ class NanoScorer:
 
         Raises ValueError for pictures of another size, and where a prompt names nothing of nano's.
         """
+        for picture, prompt in zip(pictures, prompts, strict=True):
+            self.check([prompt], picture.size)
         wanted = [named_parts(prompt) for prompt in prompts]
-        for picture in pictures:
-            if picture.size != (SIDE, SIDE):
-                raise ValueError(
-                    f"sana-nano's scorer judges pictures of {SIDE} x {SIDE} pixels, and one has "
-                    f"{picture.width} x {picture.height}. Draw them in that size, or choose a CLIP scorer"
-                )
         guesses = [score(np.asarray(picture.convert("RGB"))) for picture in pictures]
         return [_hits(guess, parts) + guess.likeness for guess, parts in zip(guesses, wanted, strict=True)]
+
+    def check(self, prompts: Sequence[str], size: tuple[int, int] | None) -> None:
+        """Raises ValueError for prompts that name nothing of nano's, and for another size than 256 x 256."""
+        for prompt in prompts:
+            named_parts(prompt)
+        if size not in (None, (SIDE, SIDE)):
+            raise ValueError(
+                f"sana-nano's scorer judges pictures of {SIDE} x {SIDE} pixels, and one has {size[0]} x {size[1]}. "
+                "Draw them in that size, or choose a CLIP scorer"
+            )
 
 
 def named_parts(prompt: str) -> list[Subject | Background | Place]:

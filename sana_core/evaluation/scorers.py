@@ -1,7 +1,11 @@
 """Scorers: what gives each picture of a prompt a number, higher for the better one.
 
-A scorer is a callable `scorer(pictures, prompts) -> scores` of equally long lists. It gets all pictures at once, so
-that one that compares pictures with each other, as the tournament of official Sana's inference-time scaling, fits too.
+A scorer is a callable `scorer(pictures, prompts) -> scores` of equally long lists. It gets all pictures of a prompt at
+once, so that one that compares them with each other, as the tournament of official Sana's inference-time scaling, fits
+too.
+
+It may have a method `check(prompts, size)`, which is asked before pictures of these prompts are drawn and raises
+ValueError for what it could not score. The size is (width, height), or None where it is not known yet.
 """
 
 import importlib
@@ -39,14 +43,31 @@ def load_scorer(name: str, device: str | torch.device = "cpu") -> Scorer:
     return _import_scorer(kind, rest)
 
 
-def score_pictures(scorer: Scorer, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """The scores, checked: one finite number a picture. Raises ValueError that says what came instead."""
+def check_before_scoring(scorer: Scorer, prompts: Sequence[str], size: tuple[int, int] | None) -> None:
+    """Ask the scorer's `check`, where it has one. Raises what that raises."""
+    check = getattr(scorer, "check", None)
+    if check:
+        check(prompts, size)
+
+
+def score_pictures(
+    scorer: Scorer, pictures: Sequence[Image.Image], prompts: Sequence[str], names: Sequence[str] | None = None
+) -> list[float]:
+    """The scores, checked: one finite number a picture.
+
+    names: what errors call the pictures; without them they are numbered.
+
+    Raises ValueError that says what came instead.
+    """
+    names = names or [f"picture {index}" for index in range(len(pictures))]
     scores = [float(score) for score in scorer(pictures, prompts)]
     if len(scores) != len(pictures):
-        raise ValueError(f"the scorer gave {len(scores)} scores for {len(pictures)} pictures: expected one each")
-    wrong = [index for index, score in enumerate(scores) if not math.isfinite(score)]
-    if wrong:
-        raise ValueError(f"the scorer gave {scores[wrong[0]]} for picture {wrong[0]}: expected a finite number")
+        raise ValueError(
+            f"the scorer gave {len(scores)} scores for {len(pictures)} pictures ({', '.join(names)}): expected one each"
+        )
+    for name, score in zip(names, scores, strict=True):
+        if not math.isfinite(score):
+            raise ValueError(f"the scorer gave {score} for {name}: expected a finite number")
     return scores
 
 

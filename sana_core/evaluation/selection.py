@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from .scorers import Scorer, score_pictures
+from .scorers import Scorer, check_before_scoring, score_pictures
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,13 @@ def best_of(pipe, prompt: str, count: int, scorer: Scorer, *, seed: int, **setti
 
     pipe: a SanaPipeline, or what is called like one; `settings` are its arguments.
 
-    Raises ValueError for a count below 1 and for scores that are not a finite number each.
+    Raises ValueError for a count below 1, for scores that are not a finite number each, and what the scorer's `check`
+    raises, before anything is drawn.
     """
     if count < 1:
         raise ValueError(f"best of {count}: expected 1 or more pictures")
+    size = settings.get("width"), settings.get("height")
+    check_before_scoring(scorer, [prompt], None if None in size else size)
     seeds = range(seed, seed + count)
     pictures = [pipe(prompt, seed=number, **settings)[0] for number in seeds]
     scores = score_pictures(scorer, pictures, [prompt] * count)

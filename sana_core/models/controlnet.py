@@ -117,6 +117,9 @@ class Control:
 
 
 def repeat_last(rows: Tensor, count: int) -> Tensor:
-    """`count` rows: those given, then the last of them again, as perturbed attention copies the rows of a batch."""
+    """`count` rows, at most twice those given: these, then the last of them again.
+
+    So guidance puts its two halves, and perturbed attention its copies, behind the rows of a batch.
+    """
     missing = count - len(rows)
     return torch.cat([rows, rows[-missing:]]) if missing else rows

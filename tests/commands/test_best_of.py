@@ -6,6 +6,7 @@ import types
 import pytest
 from PIL import Image
 
+from sana_core import SanaPipeline
 from sana_core.__main__ import main
 from sana_core.pictures import read_metadata
 
@@ -73,3 +74,11 @@ def test_what_cannot_choose_is_refused(scorer, model_options, tmp_path, capsys, 
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_models_own_size_is_checked_before_anything_is_drawn(model_options, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(SanaPipeline, "__call__", lambda *_, **settings: drawn.append(settings))
+    command = ["generate", *model_options, "--prompt", "a panda", "--output", str(tmp_path / "panda.png")]
+    assert main([*command, "--best-of", "2", "--scorer", "nano"]) == 1
+    assert "256 x 256 pixels, and one has 96 x 96" in capsys.readouterr().err and drawn == []

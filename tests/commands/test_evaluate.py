@@ -58,6 +58,26 @@ def test_several_scorers_of_more_pictures_than_are_held_at_once(images, tmp_path
     assert report["scores"]["my_scorer:length"]["pictures"]["a.png"] == len("a red cat")
 
 
+def test_pictures_of_one_prompt_come_together(tmp_path, capsys, monkeypatch):
+    """Others lie between them, and together they are more than a share."""
+    given = []
+    count = evaluate.SHARE + 4
+    for number in range(count):
+        prompt = "other" if number == 3 else "the same"
+        write_png(Image.new("RGB", (number + 1, 8)), tmp_path / f"{number:02d}.png", {"prompt": prompt})
+
+    def scorer(pictures, prompts):
+        given.append(prompts)
+        return [picture.width for picture in pictures]
+
+    monkeypatch.setitem(sys.modules, "my_scorer", types.SimpleNamespace(width=scorer))
+    options = ["--images", tmp_path, "--scorer", "my_scorer:width"]
+    _, report = report_of(capsys, tmp_path / "report.json", *options)
+    assert given == [["the same"] * (count - 1), ["other"]]
+    scores = report["scores"]["my_scorer:width"]["pictures"]
+    assert scores == {f"{number:02d}.png": number + 1 for number in range(count)} and list(scores) == sorted(scores)
+
+
 def test_fid_of_two_folders(images, tmp_path, capsys, monkeypatch):
     """Means of the only feature 20 and 60, deviations 10 and 20: 40^2 + 10^2."""
     fid = pytest.importorskip("torchmetrics.image.fid")
@@ -115,9 +135,10 @@ def test_nano_draws_what_training_never_saw(tmp_path, capsys):
         (["--images", "strange", "--scorer", "nano"], "plain.png does not say how it was drawn"),
         (["--images", "sheets", "--scorer", "nano"], "sheet.png is no picture of one prompt"),
         (["--images", "broken", "--scorer", "nano"], "broken.png is no picture that can be read"),
+        (["--images", "images", "--scorer", "nano"], "images/a.png: sana-nano's scorer judges pictures of 256 x 256"),
         (["--images", "images", "--scorer", "best"], "there is no scorer 'best'"),
-        (["--images", "images", "--scorer", "my_scorer:few"], "1 scores for 2 pictures"),
-        (["--images", "images", "--scorer", "my_scorer:nan"], "nan for picture 0"),
+        (["--images", "images", "--scorer", "my_scorer:few"], "1 scores for 2 pictures (images/a.png, images/b.png)"),
+        (["--images", "images", "--scorer", "my_scorer:nan"], "nan for images/a.png"),
         (["--nano", "0"], "0 held-out combinations asked for: there are 1 to 200"),
         (["--nano", "201"], "201 held-out combinations"),
     ],

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from sana_core.evaluation import best_of, ranking
+from sana_core.evaluation import best_of, load_scorer, ranking
 
 
 def pipe(prompt, *, seed, steps):
@@ -26,6 +26,20 @@ def test_the_scorer_sees_all_seeds_at_once_and_its_best_is_kept():
     assert seen == [([(10, 2, 5), (11, 2, 5), (12, 2, 5), (13, 2, 5)], ["a cat"] * 4)]
     assert (found.seed, found.scores) == (11, {10: 3.0, 11: 9.0, 12: -1.0, 13: 9.0})
     assert colours([found.picture]) == [(11, 2, 5)]
+
+
+@pytest.mark.parametrize(
+    "prompt, sides, message",
+    [
+        ("a lighthouse", {}, "'a lighthouse' names no subject"),
+        ("a panda", {"width": 512, "height": 256}, "256 x 256 pixels, and one has 512 x 256"),
+    ],
+)
+def test_what_the_scorer_could_not_judge_is_not_drawn(prompt, sides, message):
+    drawn = []
+    with pytest.raises(ValueError, match=message):
+        best_of(lambda *_, **settings: drawn.append(settings), prompt, 4, load_scorer("nano"), seed=1, **sides)
+    assert drawn == []
 
 
 def test_none_is_no_choice():

@@ -177,6 +177,15 @@ def test_own_node_is_the_stock_one(part, model, vae, control_net, conditionings,
     assert torch.equal(ask(model, ours, x), ask(model, apply(conditionings, control_net, image, vae, 0.6, 0.1, 0.9), x))
 
 
+@pytest.mark.parametrize("percents, is_said", [((0.8, 0.2), True), ((0.5, 0.5), False), ((0.2, 0.8), False)])
+def test_a_range_that_holds_no_step_is_said(part, vae, control_net, conditionings, image, percents, is_said, caplog):
+    output = part("nodes.controlnet").SanaControlNetApply.execute(
+        *conditionings, control_net, image, vae, 1.0, *percents
+    )
+    assert ("counts nowhere" in caplog.text) is is_said and (output.ui is not None) is is_said
+    assert len(output.result) == 2
+
+
 def test_perturbed_attention_is_controlled_too(part, model, vae, control_net, conditionings, image, x, tiny_models):
     """Without a control the perturbed prediction would steer away from the lines."""
     patched = part("nodes.guidance").perturb_attention(model, 2.0, [1])

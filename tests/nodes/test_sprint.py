@@ -141,7 +141,7 @@ def test_a_denoise_that_ignores_the_picture_is_said(sprint, model, positive, pic
     [
         ({"timesteps": "1.5, soon"}, "timesteps are '1.5, soon'; expected numbers"),
         ({"timesteps": "1.5 1.0"}, "fall from at most 1.5708 to 0"),
-        ({"steps": 0}, "0 sampling steps"),
+        ({"steps": 0}, "steps is 0: expected a whole number from 1 to 4"),
     ],
 )
 def test_bad_input_is_named(sprint, model, positive, options, message):
