@@ -1,0 +1,1 @@
+"""A regular package, which goes before the `tests` that torch-fidelity installs."""
