@@ -56,6 +56,8 @@ main() {
     with_progress "Installing PyTorch and ComfyUI's requirements (6 GB on disk, some minutes)" .venv/install.log \
         .venv/bin/python -m pip install --disable-pip-version-check --progress-bar off \
         "${packages[@]}" --requirement "$comfyui/requirements.txt" --requirement requirements.txt
+    # torch-fidelity installs its own tests as a package `tests`, which Python would take for ours.
+    rm -rf .venv/lib/python3.*/site-packages/tests
     printf '%s\n' "$wanted" >"$stamp"
 }
 

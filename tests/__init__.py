@@ -1,1 +1,0 @@
-"""A regular package, which goes before the `tests` that torch-fidelity installs."""
