@@ -14,6 +14,7 @@ from sana_core.checkpoint import load_dc_ae, load_text_encoder, load_tokenizer, 
 from sana_core.checkpoint.configuration import dc_ae_to_diffusers, transformer_to_diffusers
 from sana_core.checkpoint.keys import dc_ae_rules, official_to_diffusers, transformer_rules
 from sana_core.config import AUTOENCODERS, TRANSFORMERS, SanaConfig
+from sana_core.kernels import best_kernels
 from sana_core.models.dc_ae import DCAE
 from sana_core.models.sana import SanaTransformer
 from sana_core.text import TextEncoder, Tokenizer
@@ -50,7 +51,7 @@ def transformers(config: SanaConfig, place: Place) -> Pair:
     factory = {"device": place.device, "dtype": place.dtype}
     if config == TRANSFORMERS[NANO]:
         return pair_transformer(load_transformer(MODELS / "diffusion_models" / "sana_nano.safetensors", **factory))
-    return pair_transformer(randomize(SanaTransformer(config, **factory)))
+    return pair_transformer(randomize(SanaTransformer(config, kernels=best_kernels(place.device), **factory)))
 
 
 @lru_cache(maxsize=1)
