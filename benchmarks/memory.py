@@ -11,7 +11,7 @@ all networks resident the peak is their weights and the largest stage, one at a 
 import argparse
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +44,13 @@ class TensorWatch(TorchDispatchMode):
     def __init__(self, *known: nn.Module):
         super().__init__()
         self.held = self.peak = 0
-        self.storages = {_storage(tensor) for module in known for tensor in module.state_dict().values()}
+        self.storages: set[int] = set()
+        for module in known:
+            self.leave_out(module.state_dict().values())
+
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Not to count these, which were there before."""
+        self.storages.update(_storage(tensor) for tensor in tensors)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
