@@ -1,8 +1,7 @@
 """One row of the training benchmark: both sides agree about loss and gradients, and then their steps take turns."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch

@@ -35,7 +35,8 @@ step() {  # step NAME SECONDS COMMAND...
 step kernel-tests 120 "$PYTHON" -m pytest -q -rs tests/kernels tests/nodes/test_clip.py
 step server-tests 90 "$PYTHON" -m pytest -q -rs tests/comfy/test_memory_modes.py
 step memory 55 "$PYTHON" -m benchmarks.memory --measure
-step speed 255 "$PYTHON" -m benchmarks.run --device cuda --minutes 3.5
+step training 105 "$PYTHON" -m benchmarks.training --device cuda --measure --rounds 6 --minutes 1.2
+step speed 150 "$PYTHON" -m benchmarks.run --device cuda --minutes 1.9
 # Stopped in the middle of a row, it has written the JSON but no table: without a row to begin, it does that alone.
 timeout 20 "$PYTHON" -m benchmarks.run --device cuda --minutes 0 >/dev/null 2>&1
 

@@ -47,9 +47,7 @@ class Recipe:
             transformer.enable_gradient_checkpointing()
         self.autocasts = precision == "bf16"
         self.dtype = torch.bfloat16 if self.autocasts else torch.float32
-        self.features = Features(
-            features.latents.to(self.dtype), features.embeds.to(transformer.dtype), features.mask
-        )
+        self.features = Features(features.latents.to(self.dtype), features.embeds.to(transformer.dtype), features.mask)
         self.schedule = FlowMatchEulerDiscreteScheduler()  # the script reads no shift out of Sana's files
         trained = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-4)

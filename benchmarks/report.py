@@ -7,6 +7,7 @@ from benchmarks import plot
 from benchmarks.contest import OURS, PEER
 
 START, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
+TRAINING = "-training"  # ends the names of training.py's results
 COLUMNS = ("Work", "By", "ms", "10 to 90 %", "diffusers' ms / ms", "MB: weights + work", "Off by", "Warm")
 
 
@@ -101,12 +102,13 @@ def _switch(on: bool) -> str:
     return "on" if on else "off"
 
 
-def newest(folder: Path) -> list[tuple[Path, dict]]:
+def newest(folder: Path, training: bool = False) -> list[tuple[Path, dict]]:
     """The last results of each device, devices in the order of their names."""
     found: dict[str, tuple[Path, dict]] = {}
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text(encoding="utf-8"))
-        if "machine" in results and results["rows"]:
+        of_this_kind = path.stem.endswith(TRAINING) == training and "machine" in results
+        if of_this_kind and (results["rows"] or results.get("memory")):
             found[results["machine"]["device"]] = path, results
     return [found[device] for device in sorted(found)]
 
@@ -116,13 +118,18 @@ def update_readme(readme: Path, folder: Path) -> None:
 
     Raises ValueError where the markers are missing.
     """
-    text = readme.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1:
-        raise ValueError(f"{readme} has to hold each of these lines once: {START} and {END}")
     sections = []
     for path, results in newest(folder):
         picture = path.with_suffix(".svg")
         picture.write_text(plot.bars(results), encoding="utf-8")
         sections.append(section(results, picture.relative_to(readme.parent).as_posix()))
-    before, after = text.split(START)[0], text.split(END)[1]
-    readme.write_text("\n\n".join([before + START, *sections, END + after]), encoding="utf-8")
+    put_between(readme, START, END, sections)
+
+
+def put_between(readme: Path, start: str, end: str, sections: list[str]) -> None:
+    """Replace what is between two lines of a file. Raises ValueError where it does not hold each of them once."""
+    text = readme.read_text(encoding="utf-8")
+    if text.count(start) != 1 or text.count(end) != 1:
+        raise ValueError(f"{readme} has to hold each of these lines once: {start} and {end}")
+    before, after = text.split(start)[0], text.split(end)[1]
+    readme.write_text("\n\n".join([before + start, *sections, end + after]), encoding="utf-8")

@@ -80,7 +80,7 @@ def _commit() -> str:
     return f"{commit or 'unknown'}{'-dirty' if changed else ''}"
 
 
-def _clocks() -> str | None:
+def clocks() -> str | None:
     """The GPU's clocks, load and driver, as the driver tells them."""
     query = "clocks.sm,clocks.mem,utilization.gpu,driver_version"
     return _ask("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
@@ -99,12 +99,12 @@ def results_path(folder: Path, machine: dict, date: str) -> Path:
     return folder / f"{date}-{re.sub(r'[^A-Za-z0-9]+', '-', machine['device']).strip('-')}.json"
 
 
-def earlier_rows(path: Path, machine: dict) -> list[dict]:
+def earlier_rows(path: Path, machine: dict, kind: str = "rows") -> list[dict]:
     """Rows of an earlier run of the day, if nothing that figures depend on has changed."""
     if not path.is_file():
         return []
     content = json.loads(path.read_text(encoding="utf-8"))
-    return content["rows"] if content["machine"] == machine else []
+    return content[kind] if content["machine"] == machine else []
 
 
 def run(rows: Sequence[Row], place: Place, folder: Path, minutes: float | None = None) -> dict:
@@ -121,13 +121,13 @@ def run(rows: Sequence[Row], place: Place, folder: Path, minutes: float | None =
         if minutes is not None and time.monotonic() - start > 60 * minutes:
             left_out.append(row.name)
             continue
-        measured[row.name] = hold(row, place.device) | {"load_average": os.getloadavg(), "clocks": _clocks()}
+        measured[row.name] = hold(row, place.device) | {"load_average": os.getloadavg(), "clocks": clocks()}
         logger.info("%s", report.summary(measured[row.name]))
-        _write(path, _results(date, machine, left_out, measured))
+        write(path, _results(date, machine, left_out, measured))
     if left_out:
         logger.warning("%d rows left out, as the time was up: %s", len(left_out), "; ".join(left_out))
     results = _results(date, machine, left_out, measured)
-    _write(path, results)
+    write(path, results)
     return results
 
 
@@ -136,7 +136,8 @@ def _results(date: str, machine: dict, left_out: list[str], measured: dict[str, 
     return {"date": date, "machine": machine, "left_out": missing, "rows": list(measured.values())}
 
 
-def _write(path: Path, results: dict) -> None:
+def write(path: Path, results: dict) -> None:
+    """The results as JSON."""
     path.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -27,6 +27,8 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average = decay * average + (1 - decay) * model; the first steps, counted from 0, decay faster."""
+        if not self.tensors:
+            return
         decay = min(self._decay, (1 + step) / (10 + step))
         now = trained_tensors(self._model)
         for name, mean in self.tensors.items():

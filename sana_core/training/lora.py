@@ -46,11 +46,11 @@ class AdaptedLayer(nn.Module):
         out = self.base(x)
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.down[0].dtype)
+        # All parts at once: the same sums with zeros in them, in two thin products instead of two for each part.
         # The model's 1x1 convolutions, too, are called with tokens, channels last.
-        added = [
-            F.linear(F.linear(x, down.flatten(1)), up.flatten(1)) for down, up in zip(self.down, self.up, strict=True)
-        ]
-        return out + self.scale * torch.cat(added, -1).to(out.dtype)
+        down = torch.cat([part.flatten(1) for part in self.down])
+        up = self.scale * torch.block_diag(*(part.flatten(1) for part in self.up))
+        return out + F.linear(F.linear(x, down), up).to(out.dtype)
 
 
 def add_adapters(

@@ -1,4 +1,7 @@
-"""Settings for the memory of a GPU. What fits is worked out from the sizes of weights and activations, not measured."""
+"""Settings for the memory of a GPU.
+
+What fits was followed tensor by tensor (benchmarks/training_memory.py), and not measured on a GPU yet.
+"""
 
 from dataclasses import dataclass
 
@@ -23,5 +26,5 @@ PRESETS = {
     "12gb": Preset(1, "adamw8bit", "LoRA of 0.6B and 1.6B at 1024 px; all weights of 0.6B at 512 px"),
     "16gb": Preset(4, "adamw8bit", "the same with larger batches; all weights of 0.6B at 1024 px"),
     "24gb": Preset(4, "adamw8bit", "LoRA of 4.8B at 1024 px; all weights of 1.6B at 1024 px"),
-    "32gb": Preset(8, "adamw", "all weights of 1.6B at 1024 px with AdamW's whole state"),
+    "32gb": Preset(8, "adamw", "all weights of 1.6B at 1024 px with AdamW's whole state, without an average (EMA)"),
 }
