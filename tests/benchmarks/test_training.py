@@ -21,7 +21,7 @@ from tests import tiny
 from tests.memory import peak_bytes
 
 CPU = torch.device("cpu")
-LORA, FULL = (Job("tiny", tiny.TRANSFORMER, 96, mode, 3, rounds=2) for mode in ("lora", "full"))
+LORA, FULL = (Job("tiny", tiny.TRANSFORMER, 64, mode, 3, rounds=2) for mode in ("lora", "full"))
 BOTH = pytest.mark.parametrize("job", [LORA, FULL], ids=lambda job: job.mode)
 
 
@@ -105,7 +105,7 @@ def test_a_fault_of_ours_is_found_and_nothing_is_timed(monkeypatch, fault, job):
 @BOTH
 def test_a_dropped_gradient_is_found(job):
     for name in steps.trained(steps.build(job, CPU).ours):
-        if re.search(r"blocks\.1\.(attn\.qkv|attn\.proj\.weight|cross_attn\.kv_linear\.(up|weight))", name):
+        if re.search(r"blocks\.1\.(attn\.qkv\.(up\.1|weight)|cross_attn\.kv_linear\.(down\.0|weight))", name):
             pair = steps.build(job, CPU)
             steps.trained(pair.ours)[name].register_hook(torch.zeros_like)
             found = steps.parity(job, pair, CPU)
@@ -177,9 +177,9 @@ def test_steps_take_turns(monkeypatch):
             return plain(self, watched)
 
         monkeypatch.setattr(duel.Side, name, noted)
-    row = duel.hold(replace(LORA, rounds=5), CPU)
-    assert order == [OURS, PEER, PEER, OURS, OURS, PEER, PEER, OURS, OURS, PEER]
-    assert [len(entry["times_ms"]) for entry in row["contestants"]] == [5, 5]
+    row = duel.hold(replace(LORA, rounds=3), CPU)
+    assert order == [OURS, PEER, PEER, OURS, OURS, PEER]
+    assert [len(entry["times_ms"]) for entry in row["contestants"]] == [3, 3]
 
 
 @BOTH
@@ -212,7 +212,7 @@ def test_weights_beside_a_lora_are_narrow_where_it_computes_so():
 @pytest.fixture
 def tiny_plan(monkeypatch):
     monkeypatch.setitem(training_memory.TRANSFORMERS, "tiny", tiny.TRANSFORMER)
-    return lambda mode: Plan("tiny", "12gb", "tiny", 96, mode)
+    return lambda mode: Plan("tiny", "12gb", "tiny", 512, mode)
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
@@ -223,7 +223,7 @@ def test_what_is_followed_is_the_allocators_peak(tiny_plan, mode):
     model = training_memory.model_of(plan, kernels)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     measured = peak_bytes(lambda: training_memory._step(plan, model, trained))
-    assert 0.8 * measured <= followed.work <= 1.1 * measured, "workspaces of operations are theirs alone"
+    assert 0.9 * measured <= followed.work <= 1.05 * measured, "workspaces of operations are theirs alone"
     count = sum(parameter.numel() for parameter in trained)
     bytes_each = 8 if mode == "lora" else 2.03125
     assert followed.optimizer == round(bytes_each * count) and followed.average == 0

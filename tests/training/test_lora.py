@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from sana_core.checkpoint import convert_lora, read_lora, save_transformer
 from sana_core.models.lora import apply_lora
-from sana_core.training.lora import TARGETS, add_adapters, comfy_lora, save_lora
+from sana_core.training.lora import TARGETS, AdaptedLayer, add_adapters, comfy_lora, save_lora
 from tests import tiny
 
 from .micro import run
@@ -152,3 +152,23 @@ def test_adapters_are_needed_once(tmp_path):
     add_adapters(model, 2)
     with pytest.raises(ValueError, match="has LoRA adapters already"):
         add_adapters(model, 2)
+
+
+def test_parts_of_a_fused_layer_are_adapted_as_if_each_stood_alone():
+    torch.manual_seed(0)
+    base = torch.nn.Linear(8, 12)
+    layer = AdaptedLayer(base, 3, 2, 0.5, torch.Generator().manual_seed(0))
+    for up in layer.up:
+        torch.nn.init.normal_(up)
+    x = torch.randn(2, 5, 8)
+    parts = [x @ down.T @ up.T for down, up in zip(layer.down, layer.up, strict=True)]
+    expected = base(x) + 0.5 * torch.cat(parts, -1)
+    torch.testing.assert_close(layer(x), expected)
+    weights = [*layer.down, *layer.up]
+    direction = torch.randn_like(expected)
+    for found, wanted in zip(
+        torch.autograd.grad(layer(x), weights, direction),
+        torch.autograd.grad(expected, weights, direction),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted)
