@@ -335,6 +335,6 @@ def load_model(
 
 
 def _drop_graphs(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
-    """Their memory is to be free when core takes the model from the GPU."""
-    if patcher.model.graphs is not None:
+    """Their memory is to be free when core takes the model from the GPU, and not merely another clone in its place."""
+    if unpatch_all and patcher.model.graphs is not None:
         patcher.model.graphs.drop()

@@ -71,10 +71,10 @@ def test_flow_samplers(sampler, settings):
 
 
 def test_scm():
-    config = replace(tiny.TRANSFORMER, guidance_embed=True, qk_norm=True)
+    config, sigmas = replace(tiny.TRANSFORMER, guidance_embed=True, qk_norm=True), scm.get_sigmas_scm(3)
     with FakeTensorMode(allow_non_fake_inputs=True), NoCopies() as copies:
         network = network_of(config)
-        sampling = SprintSampling(network, network, scm.get_sigmas_scm(3), 4.5, torch.Generator())
+        sampling = SprintSampling(network, network, sigmas, 4.5, torch.Generator())
         model, counts = sampling.denoiser(captions()), []
         with pytest.raises(DataDependentOutputException):
             sampling.sample(model, torch.randn(1, 32, 3, 3, device="cuda"), lambda step: counts.append(copies.count))
