@@ -75,7 +75,7 @@ class IntervalGuider(comfy.samplers.CFGGuider):
     def sample(self, noise, latent_image, sampler, sigmas, **options):
         """As core's, for a sampler that asks for the x0 once at each of the sigmas, as Sana's own do."""
         # While they are on the CPU: to read a level from the GPU, each step would wait for the one before.
-        self.guided_steps = iter([is_within(self.interval, sigma) for sigma in sigmas])
+        self.guided_steps = iter([is_within(self.interval, level) for level in sigmas.tolist()])
         return super().sample(noise, latent_image, sampler, sigmas, **options)
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):

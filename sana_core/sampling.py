@@ -65,7 +65,7 @@ class FlowSampling:
             scale=self.scale,
             pag_scale=self.pag_scale,
             interval=self.interval,
-            levels=self.sigmas,
+            levels=self.sigmas.tolist(),
             floor_timesteps=whole,
         )
 
