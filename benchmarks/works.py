@@ -25,12 +25,14 @@ from benchmarks.peers import (
 )
 from sana_core import SanaPipeline
 from sana_core.config import SanaConfig
+from sana_core.models.graph import GraphedCalls
 from sana_core.models.tiling import decode_tiled, encode_tiled
 from sana_core.pipeline import prepare_noise
 from sana_core.text import CaptionCache
 
 GUIDANCE, PAG, STEPS, SPRINT_STEPS = 4.5, 2.0, 20, 2
 KEPT_CAPTION, KEPT_FEATURES = "the caption's keys and values", "text features"
+NO_GRAPH = "ours, no graph"
 KEPT_NEGATIVE = "text features of the negative prompt"
 
 # Largest differences in float32, where the sides sum in different orders. The autoencoder's is a few times what
@@ -48,16 +50,19 @@ def forward(place: Place, config: SanaConfig, pixels: int, batch: int, compiled:
     context = normal(place, batch, POSITIONS, config.caption_channels, seed=2)
     mask = caption_mask(place, [CAPTION, EMPTY, CAPTION][:batch])
     kept = pair.ours.prepare_context(context, mask)
+    graphed = GraphedCalls(pair.ours)
 
     def peer(network: nn.Module, dtype: torch.dtype = place.dtype) -> Tensor:
         inputs = x.to(dtype), context.to(dtype), timestep
         return network(*inputs, encoder_attention_mask=mask, return_dict=False)[0]
 
     contestants = [
-        Contestant(OURS, partial(pair.ours, x, timestep, kept), (pair.ours,), KEPT_CAPTION),
+        Contestant(OURS, partial(graphed, x, timestep, kept), (pair.ours,), KEPT_CAPTION),
         Contestant("ours, new caption", partial(pair.ours, x, timestep, context, mask), (pair.ours,)),
         Contestant(PEER, partial(peer, pair.theirs), (pair.theirs,)),
     ]
+    if place.device.type == "cuda":
+        contestants.append(Contestant(NO_GRAPH, partial(pair.ours, x, timestep, kept), (pair.ours,), KEPT_CAPTION))
     if compiled:
         contestants.append(_compiled(partial(peer, _compile(pair.theirs)), pair.theirs))
     return Contest(contestants, ONE_PASS, _truth(place, lambda: peer(networks.float32(pair.theirs), torch.float32)))
@@ -68,18 +73,22 @@ def sampling(place: Place, config: SanaConfig, pixels: int, dc_ae: str, pag: boo
     pair, vae = networks.transformers(config, place), networks.autoencoders(dc_ae, place)
     features = KeptFeatures.random(place, config.caption_channels)
     options = _options(place, config, pixels) | {"output_type": "latent"}
-    pipe = SanaPipeline(pair.ours, vae.ours, features)
 
     def peer(network: nn.Module, dtype: torch.dtype = place.dtype) -> Callable[[], Tensor]:
         pipe = flow_pipeline(network, vae.theirs, config, perturbs=pag)
         given = features.for_diffusers(dtype) | ({"pag_scale": PAG} if pag else {})
         return lambda: pipe(**options, **given, use_resolution_binning=False).images
 
-    ours = partial(pipe, "a caption", **options, pag_guidance_scale=PAG if pag else 1.0)
+    def ours(cuda_graph: bool) -> Callable[[], Tensor]:
+        pipe = SanaPipeline(pair.ours, vae.ours, features, cuda_graph=cuda_graph)
+        return partial(pipe, "a caption", **options, pag_guidance_scale=PAG if pag else 1.0)
+
     contestants = [
-        Contestant(OURS, ours, (pair.ours,), KEPT_FEATURES),
+        Contestant(OURS, ours(True), (pair.ours,), KEPT_FEATURES),
         Contestant(PEER, peer(pair.theirs), (pair.theirs,), KEPT_FEATURES),
     ]
+    if place.device.type == "cuda":
+        contestants.append(Contestant(NO_GRAPH, ours(False), (pair.ours,), KEPT_FEATURES))
     if compiled:
         contestants.append(replace(_compiled(peer(_compile(pair.theirs)), pair.theirs), warm=KEPT_FEATURES))
     truth = _truth(place, lambda: peer(networks.float32(pair.theirs), torch.float32)())

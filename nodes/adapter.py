@@ -24,6 +24,7 @@ from ..sana_core.checkpoint import check_weights, config_tensor, read_transforme
 from ..sana_core.config import TRANSFORMERS, SanaConfig
 from ..sana_core.finite import require_finite
 from ..sana_core.models.controlnet import Control
+from ..sana_core.models.graph import GraphedCalls
 from ..sana_core.models.sana import ContextCache, SanaTransformer
 from .contexts import PreparedContexts
 from .hooks import Hooks
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 SPRINT_GUIDANCE = "sana_sprint_guidance"  # in a conditioning: the scale that Sprint embeds; only its sampler sets it
 FLOOR_TIMESTEPS = "sana_floor_timesteps"  # in transformer_options: feed whole timesteps, as official Flow-DPM does
 CONTEXT = "sana_context"  # in transformer_options: the prepared captions, or the features that may become them
+GRAPHS = "sana_graphs"  # in transformer_options: the GraphedCalls to call, where nothing speaks against graphs
 CONTROL = "sana"  # in what core calls a control: the tuple of Controls, which run within the transformer
 
 _PREVIEW_FACTORS = json.loads(Path(__file__).with_name("preview_factors.json").read_text(encoding="utf-8"))
@@ -99,7 +101,8 @@ class ComfySana(SanaTransformer):
         with ExitStack() as patched:
             for hooks in (self.hooks, *(one.net.hooks for one in controls)):
                 patched.enter_context(hooks.using(transformer_options))
-            return super().forward(x, timesteps, context, attention_mask, guidance, control=controls)
+            predict = transformer_options.get(GRAPHS, super().forward)
+            return predict(x, timesteps, context, mask=attention_mask, guidance=guidance, control=controls)
 
 
 def _sana_controls(control: dict | None) -> tuple[Control, ...]:
@@ -139,6 +142,8 @@ class SanaModel(comfy.model_base.BaseModel):
         if model_config.unet_config["config"].guidance_embed:
             self.model_sampling = SprintSampling(model_config)
         self.prepared_contexts = PreparedContexts()
+        network = self.diffusion_model
+        self.graphs: GraphedCalls | None = GraphedCalls(network, super(ComfySana, network).forward)
 
     def apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006, core's signature
         """Denoised x. Remembers the features as core made them, since wrappers around _apply_model may change them."""
@@ -150,6 +155,8 @@ class SanaModel(comfy.model_base.BaseModel):
         made = options.pop(CONTEXT, None)
         if c_crossattn is not None and made is c_crossattn and self._keeps_context(options):
             options[CONTEXT] = self._prepare_context(x.device, c_crossattn, kwargs.get("attention_mask"), options)
+            if control is None and self._keeps_weights(options):
+                options[GRAPHS] = self.graphs
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _keeps_context(self, options: dict) -> bool:
@@ -165,6 +172,21 @@ class SanaModel(comfy.model_base.BaseModel):
             and options.get("uuids")
             and not comfy.patcher_extension.get_all_wrappers(kind, options)
             and not torch.is_grad_enabled()
+        )
+
+    def _keeps_weights(self, options: dict) -> bool:
+        """Whether, on top of `_keeps_context`, a step does what the last one did, with the weights where they are."""
+        patcher = self.current_patcher
+        kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
+        return bool(
+            self.graphs is not None
+            and not patcher.is_dynamic()
+            and not any(key.partition(".")[0] == "diffusion_model" for key in patcher.object_patches)
+            # All layers come from one class of core's, which says whether it casts weights at each use.
+            and not self.diffusion_model.x_embedder.proj.comfy_cast_weights
+            and not options.get("patches_replace")
+            and not options.get("optimized_attention_override")
+            and not comfy.patcher_extension.get_all_wrappers(kind, options)
         )
 
     def _prepare_context(self, device, context: Tensor, mask: Tensor | None, options: dict) -> ContextCache:
@@ -265,12 +287,15 @@ def load_model(
     path: str | Path,
     variant: str | None = None,
     dtype: torch.dtype | None = None,
+    cuda_graph: bool | None = None,
     disable_dynamic: bool = False,
 ) -> comfy.model_patcher.ModelPatcher:
     """Load a Sana transformer, a file or a folder, as ComfyUI's MODEL.
 
     variant: name of a preset, where file and shapes cannot tell; None detects it.
     dtype: of the weights; None lets ComfyUI choose. Layers that the file has in 8 bits with scales stay so.
+    cuda_graph: whether steps may be repeated from CUDA graphs, for which the weights must stay where they are. True
+        loads without core's dynamic memory, which moves them; None takes graphs where it is not in use.
     disable_dynamic: core's wish for a plain patcher.
     """
     config, state_dict = read_transformer(path, variant=variant, keep_quantized=True)
@@ -279,7 +304,7 @@ def load_model(
     if dtype == torch.float16 and config.dtype != "float16":
         log.warning("%s was trained in %s and may overflow in float16; dtype auto avoids that", path, config.dtype)
     model_config = SanaModelConfig(config)
-    arguments = (path, variant, dtype)
+    arguments = (path, variant, dtype, cuda_graph)
     scaled = bool(scaled_layers(state_dict))
     if scaled:
         model_config.quant_config = {"mixed_ops": True}  # what core's own detection says of such files
@@ -296,10 +321,20 @@ def load_model(
     cast_to = comfy.model_management.unet_manual_cast(None if scaled else dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast_to, device=load_device)
     model = model_config.get_model(state_dict)
-    patcher_type = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
+    if cuda_graph is False:
+        model.graphs = None
+    stays = disable_dynamic or cuda_graph
+    patcher_type = comfy.model_patcher.ModelPatcher if stays else comfy.model_patcher.CoreModelPatcher
     patcher = patcher_type(model, load_device=load_device, offload_device=offload_device)
     if not comfy.model_management.is_device_cpu(offload_device):
         model.to(offload_device)
     model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, arguments)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, _drop_graphs)
     return patcher
+
+
+def _drop_graphs(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
+    """Their memory is to be free when core takes the model from the GPU, and not merely another clone in its place."""
+    if unpatch_all and patcher.model.graphs is not None:
+        patcher.model.graphs.drop()

@@ -74,7 +74,8 @@ class SanaControl(comfy.controlnet.ControlBase):
         if self.previous_controlnet is not None:
             previous = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
         first, last = self.timestep_range
-        if not last <= t[0] <= first:
+        everywhere = self.timestep_percent_range == (0.0, 1.0)  # then no step waits for the level to come from a GPU
+        if not (everywhere or last <= t[0] <= first):
             return previous
         hint = comfy.controlnet.broadcast_image_to(self._encoded_hint(x_noisy), len(x_noisy), batched_number)
         own = Control(self.patcher.model, hint, self.strength)

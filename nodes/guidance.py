@@ -1,10 +1,11 @@
 """Guidance beyond the plain cfg: perturbed attention as a patch of MODEL, and an interval of noise levels."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import comfy.model_patcher
 import comfy.samplers
 from comfy_api.latest import io
+from torch import Tensor
 
 from ..sana_core.sampler.guidance import Interval, check_interval, is_within, parse_layers, perturbed_attention_guidance
 from .adapter import SanaModel
@@ -30,10 +31,14 @@ def perturb_attention(
         )
     layers = patcher.model.diffusion_model.config.perturbed_layers(layers)
 
-    def add_guidance(args: dict):
-        sampling = args["model"].model_sampling
+    always = start_percent <= 0 and end_percent >= 1  # what the level is need not be read from the GPU then
+
+    def acts_at(sampling, sigma: Tensor) -> bool:
         first, last = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
-        if not last <= float(args["sigma"][0]) <= first:
+        return always or last <= sigma[0].item() <= first
+
+    def add_guidance(args: dict):
+        if not acts_at(args["model"].model_sampling, args["sigma"]):
             return args["denoised"]
         options = args["model_options"].copy()
         for layer in layers:
@@ -59,12 +64,19 @@ class IntervalGuider(comfy.samplers.CFGGuider):
     """ComfyUI's guider, whose cfg counts within an interval of sigma only; None is everywhere."""
 
     interval: Interval | None = None
+    guided_steps: Iterator[bool] = iter(())
 
     def set_interval(self, interval: Interval | None) -> None:
         """Raises ValueError for an empty interval."""
         if interval is not None:
             check_interval(interval)
         self.interval = interval
+
+    def sample(self, noise, latent_image, sampler, sigmas, **options):
+        """As core's, for a sampler that asks for the x0 once at each of the sigmas, as Sana's own do."""
+        # While they are on the CPU: to read a level from the GPU, each step would wait for the one before.
+        self.guided_steps = iter([is_within(self.interval, level) for level in sigmas.tolist()])
+        return super().sample(noise, latent_image, sampler, sigmas, **options)
 
     def predict_noise(self, x, timestep, model_options=None, seed=None):
         """The guided x0. Outside of the interval the negative conditioning is not even asked."""
@@ -74,7 +86,7 @@ class IntervalGuider(comfy.samplers.CFGGuider):
             timestep,
             self.conds["negative"],
             self.conds["positive"],
-            self.cfg if is_within(self.interval, timestep) else 1.0,
+            self.cfg if next(self.guided_steps) else 1.0,
             model_options=model_options or {},
             seed=seed,
         )

@@ -18,6 +18,7 @@ _DTYPES = {
     "fp8_e4m3fn": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
+_GRAPHS = {AUTO: None, "on": True, "off": False}
 _WIDE = [AUTO, "bfloat16", "float32"]  # Gemma-2 and DC-AE overflow in float16
 
 
@@ -62,15 +63,25 @@ class SanaDiffusionModelLoader(io.ComfyNode):
                     "a CPU. float16 is only for models that were trained in it; fp8 halves the memory and costs "
                     "quality, fp8_e5m2 more than fp8_e4m3fn.",
                 ),
+                io.Combo.Input(
+                    "cuda_graph",
+                    options=list(_GRAPHS),
+                    default=AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="On an NVIDIA GPU, records a sampling step once and repeats it as a CUDA graph: the same "
+                    "picture, sooner, for some memory. auto does so where ComfyUI leaves the weights in place; on also "
+                    "loads this model without ComfyUI's dynamic VRAM, which moves them; off never does.",
+                ),
             ],
             outputs=[io.Model.Output("model", display_name="MODEL", tooltip="For Sana Sampler, KSampler and others.")],
         )
 
     @classmethod
-    def execute(cls, model_name, variant=AUTO, dtype=AUTO) -> io.NodeOutput:
+    def execute(cls, model_name, variant=AUTO, dtype=AUTO, cuda_graph=AUTO) -> io.NodeOutput:
         """The MODEL. Raises CheckpointError for a wrong file."""
         path = find_model("diffusion_models", model_name)
-        return io.NodeOutput(load_model(path, _variant(variant), _DTYPES[dtype]))
+        return io.NodeOutput(load_model(path, _variant(variant), _DTYPES[dtype], _GRAPHS[cuda_graph]))
 
 
 class SanaTextEncoderLoader(io.ComfyNode):

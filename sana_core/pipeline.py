@@ -1,6 +1,5 @@
 """A prompt becomes a picture, without ComfyUI: text encoder, transformer under a sampler, autoencoder."""
 
-import json
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from .autoencoder import decode_latents
 from .captions import Captions
-from .checkpoint import Lora, load_controlnet, load_dc_ae, load_text_encoder, load_transformer, read_lora
+from .checkpoint import Lora, load_controlnet, load_dc_ae, load_text_encoder, load_transformer, read_lora, read_shift
 from .finite import require_finite
 from .hub import fetch_model
 from .kernels import best_kernels
 from .models.controlnet import Control, SanaControlNet
+from .models.graph import GraphedCalls
 from .models.lora import apply_lora
 from .pictures import to_pictures
 from .resolution import check_size
@@ -41,10 +41,21 @@ class SanaPipeline:
     """
 
     def __init__(
-        self, transformer, vae, text_encoder, *, shift: float | None = None, controlnet: SanaControlNet | None = None
+        self,
+        transformer,
+        vae,
+        text_encoder,
+        *,
+        shift: float | None = None,
+        controlnet: SanaControlNet | None = None,
+        cuda_graph: bool = True,
     ):
-        """`shift` of the flow schedule; None takes the transformer's own. Raises ValueError if the parts don't fit."""
+        """`shift` of the flow schedule; None takes the transformer's own. Raises ValueError if the parts don't fit.
+
+        cuda_graph: repeat the transformer's calls from CUDA graphs where that is safe: the same pictures, sooner.
+        """
         self.transformer = transformer
+        self._call = GraphedCalls(transformer) if cuda_graph else transformer
         self.vae = vae
         self.text_encoder = text_encoder
         self.shift = transformer.config.shift if shift is None else shift
@@ -62,6 +73,7 @@ class SanaPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         shift: float | None = None,
+        cuda_graph: bool = True,
     ) -> "SanaPipeline":
         """Load each network from a file or a folder.
 
@@ -80,6 +92,7 @@ class SanaPipeline:
             load_dc_ae(vae, device=device, dtype=dtype),
             load_text_encoder(text_encoder, device=device, dtype=dtype),
             shift=shift,
+            cuda_graph=cuda_graph,
         )
 
     @classmethod
@@ -90,6 +103,7 @@ class SanaPipeline:
         variant: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        cuda_graph: bool = True,
     ) -> "SanaPipeline":
         """Load a folder in the diffusers layout: transformer/, vae/, text_encoder/; scheduler/, controlnet/ if present.
 
@@ -97,11 +111,12 @@ class SanaPipeline:
         what is not on the disk yet is downloaded, see `hub.fetch_model`. No other repository is.
         Arguments and errors are those of `from_files`; DownloadError for what stops a download.
         """
+        options = {"variant": variant, "device": device, "dtype": dtype, "cuda_graph": cuda_graph}
         if not Path(folder).is_dir():
-            return cls.from_files(**_published_files(str(folder)), variant=variant, device=device, dtype=dtype)
+            return cls.from_files(**_published_files(str(folder)), **options)
         folder = Path(folder)
         parts = {name: folder / name for name in ("transformer", "vae", "text_encoder")}
-        pipe = cls.from_files(**parts, variant=variant, device=device, dtype=dtype, shift=_read_shift(folder))
+        pipe = cls.from_files(**parts, **options, shift=read_shift(folder))
         if (folder / "controlnet").is_dir():
             pipe.load_controlnet(folder / "controlnet")
         return pipe
@@ -204,14 +219,14 @@ class SanaPipeline:
             _refuse("Sana-Sprint", **refused)
             generator = self._noise_source(generator, seed)
             sigmas = scm.get_sigmas_scm(num_inference_steps, timesteps, strength)
-            sampling = SprintSampling(self.transformer, sigmas, guidance_scale, generator)
+            sampling = SprintSampling(self.transformer, self._call, sigmas, guidance_scale, generator)
         else:
             _refuse("a Sana model other than Sprint", timesteps=timesteps)
             generator = self._noise_source(generator, seed, latents)
             sigmas = self._flow_sigmas(sampler, num_inference_steps, shift, strength)
             layers = self._perturbed_layers(pag_applied_layers)
             guidance = (guidance_scale, pag_guidance_scale, guidance_interval, layers)
-            sampling = FlowSampling(self.transformer, sampler, sigmas, *guidance)
+            sampling = FlowSampling(self.transformer, self._call, sampler, sigmas, *guidance)
         shape = self._latent_shape(height, width)
         cond = self._prepare_captions(prompt, complex_human_instruction, prompt_embeds, prompt_mask)
         shape = (len(cond.embeds), *shape)
@@ -380,12 +395,3 @@ def _load_transformer(path: str | Path, variant: str | None, device: torch.devic
     # Official files are wider than what they were trained in: they are narrowed before they take memory of a GPU.
     transformer = load_transformer(path, variant=variant, kernels=best_kernels(device))
     return transformer.to(device, getattr(torch, transformer.config.dtype))
-
-
-def _read_shift(folder: Path) -> float | None:
-    """The shift that a diffusers folder was published with, under the name that its scheduler gives it."""
-    path = folder / "scheduler" / "scheduler_config.json"
-    if not path.is_file():
-        return None
-    config = json.loads(path.read_text(encoding="utf-8"))
-    return config.get("flow_shift", config.get("shift"))

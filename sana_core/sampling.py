@@ -1,17 +1,17 @@
 """What one call of the pipeline samples with: a flow sampler under guidance, or SCM for Sana-Sprint."""
 
-import itertools
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from .captions import Captions, join_captions
-from .finite import require_finite
+from .finite import FiniteSteps
 from .models.controlnet import Control, repeat_last
-from .models.sana import Perturbation, SanaTransformer
+from .models.sana import ContextCache, Perturbation, SanaTransformer
 from .sampler import scm
 from .sampler.flow import SAMPLERS
 from .sampler.guidance import PAG_OFF, Interval, cfg_denoiser
@@ -19,17 +19,26 @@ from .sampler.guidance import PAG_OFF, Interval, cfg_denoiser
 logger = logging.getLogger(__name__)
 
 
+def _steps() -> FiniteSteps:
+    return FiniteSteps("the transformer")
+
+
 @dataclass(frozen=True)
 class FlowSampling:
-    """Flow samplers under classifier-free and perturbed-attention guidance, for every Sana model but Sprint."""
+    """Flow samplers under classifier-free and perturbed-attention guidance, for every Sana model but Sprint.
+
+    call: what is called like the transformer: itself, or what repeats its calls from graphs.
+    """
 
     transformer: SanaTransformer
+    call: Callable[..., Tensor]
     sampler: str
     sigmas: Tensor
     scale: float
     pag_scale: float
     interval: Interval | None
     perturbed_layers: tuple[int, ...]
+    steps: FiniteSteps = field(default_factory=_steps, init=False)
 
     def __post_init__(self):
         if self.pag_scale > PAG_OFF and self.interval is not None:
@@ -52,26 +61,37 @@ class FlowSampling:
         # Official Flow-DPM-Solver truncates the timestep, unless the model divides it by itself.
         whole = self.sampler == "flow_dpm-solver" and self.transformer.config.timestep_scale == 1
         return cfg_denoiser(
-            velocity(self.transformer, captions, self.perturbed_layers, control),
+            velocity(self, captions, self.perturbed_layers, control),
             scale=self.scale,
             pag_scale=self.pag_scale,
             interval=self.interval,
+            levels=self.sigmas.tolist(),
             floor_timesteps=whole,
         )
 
     def sample(self, model: Callable[..., Tensor], x: Tensor, callback) -> Tensor:
-        """Scaled latents, sampled from `start` by `denoiser` or what is put around it."""
-        return SAMPLERS[self.sampler](model, x, self.sigmas.to(x.device), callback=callback)
+        """Scaled latents, sampled from `start` by `denoiser` or what is put around it.
+
+        Raises FloatingPointError, with the step, for NaN or infinity.
+        """
+        latents = SAMPLERS[self.sampler](model, x, self.sigmas, callback=callback)
+        self.steps.check()
+        return latents
 
 
 @dataclass(frozen=True)
 class SprintSampling:
-    """SCM, for Sana-Sprint. Guidance is an input of the network, and there is no negative prompt."""
+    """SCM, for Sana-Sprint. Guidance is an input of the network, and there is no negative prompt.
+
+    call: as for `FlowSampling`.
+    """
 
     transformer: SanaTransformer
+    call: Callable[..., Tensor]
     sigmas: Tensor
     scale: float
     generator: torch.Generator | None
+    steps: FiniteSteps = field(default_factory=_steps, init=False)
 
     wants_negative = False
 
@@ -85,17 +105,19 @@ class SprintSampling:
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """`model(x, sigma) -> denoised` under these captions and ControlNets."""
         guidance = torch.full((len(cond.mask),), float(self.scale), device=cond.embeds.device)
-        return scm.flow_denoiser(velocity(self.transformer, cond, control=control, guidance=guidance))
+        return scm.flow_denoiser(velocity(self, cond, control=control, guidance=guidance))
 
     def sample(self, model: Callable[..., Tensor], x: Tensor, callback) -> Tensor:
-        """Scaled latents, sampled from `start` by `denoiser` or what is put around it."""
-        return scm.sample_scm(
+        """As `FlowSampling.sample`."""
+        latents = scm.sample_scm(
             model,
             x,
-            self.sigmas.to(x.device),
+            self.sigmas,
             callback=callback,
             noise_sampler=lambda *_: draw_noise(x.shape, self.generator),
         )
+        self.steps.check()
+        return latents
 
 
 def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
@@ -104,7 +126,7 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Ten
 
 
 def velocity(
-    transformer: SanaTransformer,
+    sampling: FlowSampling | SprintSampling,
     captions: Captions,
     perturbed_layers: tuple[int, ...] = (),
     control: Sequence[Control] = (),
@@ -113,19 +135,20 @@ def velocity(
     """What denoisers ask: the transformer with captions and further inputs in place, and the layers that it perturbs.
 
     Fewer rows than captions are the last ones. Hints, one for all or one a picture, are repeated for all rows.
-    Calls, one a step, are counted to say where it failed.
     """
+    transformer = sampling.transformer
     context = transformer.prepare_context(captions.embeds.to(transformer.dtype), captions.mask)
-    steps = itertools.count(1)
+
+    @cache  # one object for all steps: graphs then need not copy its values at each
+    def of_rows(count: int) -> ContextCache:
+        return context if count == len(captions.mask) else context.rows(slice(-count, None))
 
     def predict(x: Tensor, timestep: Tensor, perturbed_rows: int = 0) -> Tensor:
-        cache = context if len(x) == len(captions.mask) else context.rows(slice(-len(x), None))
         perturbation = Perturbation(perturbed_layers, perturbed_rows) if perturbed_rows else None
         controls = [_for_rows(one, len(x)) for one in control]
-        rows = transformer(
-            x.to(transformer.dtype), timestep, cache, perturbation=perturbation, control=controls, **inputs
-        )
-        return require_finite(rows, f"the transformer at step {next(steps)}")
+        x = x.to(transformer.dtype)
+        rows = sampling.call(x, timestep, of_rows(len(x)), perturbation=perturbation, control=controls, **inputs)
+        return sampling.steps.watch(rows)
 
     return predict
 

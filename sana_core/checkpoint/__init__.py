@@ -4,7 +4,7 @@
 state dicts that are already in memory.
 """
 
-from .configuration import CONFIG_KEY, config_tensor, dump_config
+from .configuration import CONFIG_KEY, config_tensor, dump_config, read_shift
 from .detection import detect_controlnet, detect_dc_ae, detect_transformer
 from .families import DC_AE_ANCHORS, TRANSFORMER_ANCHORS, describe_keys, strip_prefix
 from .files import CheckpointError, read_state_dict
@@ -50,6 +50,7 @@ __all__ = [
     "read_controlnet",
     "read_dc_ae",
     "read_lora",
+    "read_shift",
     "read_state_dict",
     "read_transformer",
     "save_controlnet",

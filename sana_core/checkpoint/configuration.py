@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -176,3 +177,12 @@ def dc_ae_from_diffusers(content: dict) -> dict | None:
 def _per_stage(value: str | list[str], stages: int) -> list[str]:
     """Diffusers writes one word where all stages agree."""
     return [value] * stages if isinstance(value, str) else value
+
+
+def read_shift(folder: Path) -> float | None:
+    """The shift that a diffusers folder was published with, under the name that its scheduler gives it."""
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        return None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    return config.get("flow_shift", config.get("shift"))

@@ -15,7 +15,7 @@ from tqdm.auto import trange
 @torch.no_grad()
 def sample_flow_euler(model, x, sigmas, extra_args=None, callback=None, disable=None):
     """First order: x + (sigma_next - sigma) * velocity, written with the denoised x0."""
-    x, levels = _prepare(x, sigmas)
+    x, sigmas, levels = _prepare(x, sigmas)
     for i in trange(len(levels) - 1, disable=disable):
         denoised = denoise(model, x, sigmas, i, extra_args, callback)
         x = torch.lerp(denoised, x, levels[i + 1] / levels[i])
@@ -30,7 +30,7 @@ def sample_flow_dpm_solver(model, x, sigmas, extra_args=None, callback=None, dis
     sigma_t / sigma_s, since alpha_t * (exp(-h) - 1) = sigma_t / sigma_s - 1. D adds to x0 half its extrapolated change
     in lambda = log(alpha / sigma). A first step and a step to where lambda is infinite, sigma 0, take D = x0.
     """
-    x, levels = _prepare(x, sigmas)
+    x, sigmas, levels = _prepare(x, sigmas)
     previous = None
     for i in trange(len(levels) - 1, disable=disable):
         denoised = denoise(model, x, sigmas, i, extra_args, callback)
@@ -43,14 +43,14 @@ def sample_flow_dpm_solver(model, x, sigmas, extra_args=None, callback=None, dis
 
 
 def _prepare(x, sigmas):
-    """Latents in at least float32, and the sigmas as Python floats: steps then need no wait for the device."""
+    """Latents in at least float32, the sigmas where they are, and as Python floats: no step then waits for a device."""
     levels = sigmas.tolist()
     if not all(0 <= sigma <= 1 for sigma in levels) or 0 in levels[:-1]:
         raise ValueError(
             "flow samplers need sigmas from 1 to 0, with 0 only as the last, as flow-matching models such as Sana "
             f"have; got {len(levels)} between {min(levels):.6g} and {max(levels):.6g}"
         )
-    return x.to(torch.promote_types(x.dtype, torch.float32)), levels
+    return x.to(torch.promote_types(x.dtype, torch.float32)), sigmas.to(x.device), levels
 
 
 def denoise(model, x, sigmas, i, extra_args, callback):

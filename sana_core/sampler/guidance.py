@@ -1,6 +1,7 @@
 """From velocity predictions to the guided, denoised x0 that samplers ask for."""
 
-from collections.abc import Callable
+import struct
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -39,9 +40,12 @@ def check_interval(interval: Interval) -> None:
         raise ValueError(f"the guidance interval {low} to {high} is empty: expected two sigmas, the lower one first")
 
 
-def is_within(interval: Interval | None, sigma: Tensor) -> bool:
-    """Whether guidance acts at this noise level [B], one for the whole batch; without interval it always does."""
-    return interval is None or bool(interval[0] < sigma[0] < interval[1])
+def is_within(interval: Interval | None, level: float) -> bool:
+    """Whether guidance acts at this noise level, a float32 value; without interval it always does."""
+    if interval is None:
+        return True
+    low, high = struct.unpack("2f", struct.pack("2f", *interval))  # rounded like the level, so that ends are excluded
+    return low < level < high
 
 
 def cfg_denoiser(
@@ -50,6 +54,7 @@ def cfg_denoiser(
     scale: float = 1.0,
     pag_scale: float = PAG_OFF,
     interval: Interval | None = None,
+    levels: Iterable[float] = (),
     floor_timesteps: bool = True,
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """Turn a velocity prediction into the `model(x, sigma) -> denoised` that samplers call.
@@ -59,6 +64,7 @@ def cfg_denoiser(
     With a `pag_scale` above 1, `velocity(x, timestep, B)` appends B rows: the conditional ones, perturbed.
     `interval`: outside of it, velocity is called on the conditional rows alone. As in official Sana the interval does
     not count while perturbed-attention guidance is on.
+    `levels`: the sigmas of all calls, in order, which an interval needs: to read them from a GPU, each step would wait.
     `floor_timesteps` feeds floor(1000 * sigma), as Flow-DPM-Solver does; otherwise the timestep is a fraction.
 
     Raises ValueError for an empty interval.
@@ -66,13 +72,16 @@ def cfg_denoiser(
     if interval is not None:
         check_interval(interval)
     perturbs = pag_scale > PAG_OFF
+    if perturbs:
+        interval = None
+    guided_steps = iter([is_within(interval, level) for level in levels])
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         timestep = 1000 * sigma
         if floor_timesteps:
             timestep = timestep.floor()
         inputs = x, timestep
-        if scale != 1 and (perturbs or is_within(interval, sigma)):
+        if scale != 1 and (interval is None or next(guided_steps)):
             inputs = torch.cat([x, x]), torch.cat([timestep, timestep])
         rows = velocity(*inputs, len(x)) if perturbs else velocity(*inputs)
         parts = list(rows.to(x.dtype).split(len(x)))

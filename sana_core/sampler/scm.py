@@ -88,14 +88,17 @@ def sample_scm(model, x, sigmas, extra_args=None, callback=None, disable=None, n
 
     noise_sampler: `noise_sampler(sigma, sigma_next)` returns unit noise of x's shape; None takes PyTorch's global
         generator. It is asked at the last step too, where its noise counts nothing: diffusers' generators move on so.
+        All is drawn before the first step, since each would wait until noise from a CPU has got to the GPU.
 
     Raises ValueError for sigmas that do not fall to 0.
     """
     levels = _checked_levels(sigmas)
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    for i in trange(len(levels) - 1, disable=disable):
+    x, sigmas = x.to(torch.promote_types(x.dtype, torch.float32)), sigmas.to(x.device)
+    steps = range(len(levels) - 1)
+    drawn = None if noise_sampler is None else [noise_sampler(sigmas[i], sigmas[i + 1]).to(x) for i in steps]
+    for i in trange(len(steps), disable=disable):
         denoised = denoise(model, x, sigmas, i, extra_args, callback)
-        noise = torch.randn_like(x) if noise_sampler is None else noise_sampler(sigmas[i], sigmas[i + 1]).to(x)
+        noise = torch.randn_like(x) if drawn is None else drawn[i]
         x = torch.lerp(denoised, noise, levels[i + 1])
     return x
 

@@ -124,8 +124,9 @@ def test_up_to_one_perturbed_attention_guidance_is_off(pag_scale):
 )
 def test_outside_of_the_interval_only_the_prompt_counts(interval, guided):
     velocity = Velocity()
-    denoise = cfg_denoiser(velocity, scale=4.0, interval=interval)
-    sigmas = [torch.full((2,), sigma) for sigma in (0.9, 0.625, 0.5)]
+    levels = torch.tensor([0.9, 0.625, 0.5])
+    denoise = cfg_denoiser(velocity, scale=4.0, interval=interval, levels=levels.tolist())
+    sigmas = [level.expand(2) for level in levels]
     denoised = [denoise(X, sigma) for sigma in sigmas]
     assert [len(x) for x, _ in velocity.calls] == [4 if inside else 2 for inside in guided]
     for sigma, result, inside in zip(sigmas, denoised, guided, strict=True):
