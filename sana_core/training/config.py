@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ MAY_CHANGE = {
     "steps", "learning_rate", "schedule", "warmup_steps", "decay_steps", "accumulation", "compile", "save_every",
     "keep", "log_every", "validate_every", "sample_every", "tensorboard",
 }  # fmt: skip
+
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,13 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A line for each setting that is not what it was."""
     absent = object()
     return [
-        f"{name}: {saved.get(name, 'absent')!r} -> {now.get(name, 'absent')!r}"
+        f"{name}: {_change(saved.get(name, 'absent'), now.get(name, 'absent'))}"
         for name in sorted(saved.keys() | now.keys())
         if saved.get(name, absent) != now.get(name, absent)
     ]
+
+
+def _change(before: object, after: object) -> str:
+    if all(isinstance(value, str) and _HASH.fullmatch(value) for value in (before, after)):
+        return "its content is not what the run was begun with"
+    return f"{before!r} -> {after!r}"
