@@ -141,7 +141,7 @@ def _inputs() -> list[io.Input]:
             min=0.0,
             max=10.0,
             step=0.000001,
-            tooltip="0 takes what is usual: 0.0001 for a LoRA, 0.00002 for all weights.",
+            tooltip="0 takes what is usual: 0.0001 for a LoRA, 0.00002 for all weights, 1 with prodigy.",
         ),
         io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Of the LoRA: how much it can learn, and its size."),
         seed_input("Number that all randomness comes from: the same seed gives the same result."),

@@ -102,7 +102,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=list(PRESETS), help=f"batch, optimizer and such for a GPU's memory. {_PRESETS}")
     add("--batch", type=int, help="pictures of each process in a batch; the default is 1, or the preset's")
     add("--accumulation", type=int, default=1, help="batches to an update")
-    add("--learning-rate", type=float, help="the default is 1e-4 for a LoRA and 2e-5 for all weights")
+    add("--learning-rate", type=float, help="the default is 1e-4 for a LoRA and 2e-5 for all weights; 1 with prodigy")
     add("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate, after the warm-up")
     add("--warmup", type=int, help="steps; the default is 100, or a tenth of --steps where that is less")
     add("--optimizer", choices=list(OPTIMIZERS), help="the default is adamw, or the preset's")

@@ -65,12 +65,17 @@ class TrainConfig:
     @classmethod
     def lora(cls, steps: int, **changes) -> "TrainConfig":
         """Settings to train a LoRA with."""
-        return cls(steps, **{"learning_rate": 1e-4, "max_grad_norm": 1.0, **changes})
+        return cls(steps, **{"learning_rate": usual_rate("lora", **changes), "max_grad_norm": 1.0, **changes})
 
     @classmethod
     def full(cls, steps: int, **changes) -> "TrainConfig":
         """Settings to train all weights with; the gradient is clipped as in the official configurations."""
-        return cls(steps, **{"learning_rate": 2e-5, "max_grad_norm": 0.1, **changes})
+        return cls(steps, **{"learning_rate": usual_rate("full", **changes), "max_grad_norm": 0.1, **changes})
+
+
+def usual_rate(mode: str, optimizer: str = "adamw", **_) -> float:
+    """The learning rate where none is asked for; Prodigy finds its own, and the rate is a factor of that."""
+    return 1.0 if optimizer == "prodigy" else {"lora": 1e-4, "full": 2e-5}[mode]
 
 
 def fixed_settings(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
