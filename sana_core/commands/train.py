@@ -241,15 +241,12 @@ def _encode(args: argparse.Namespace, paths: dict[str, Path], dataset: Dataset, 
     encoder = load_text_encoder(paths["text_encoder"], device=ranks.device, dtype=dtype)
     encoders = latent_encoder(vae), text_feature_encoder(encoder)
 
-    def fill():
-        cache = Cache(args.cache or args.output.parent / ".cache", *encoders)
-        try:
-            return cache, cache.fill(dataset)[0]
-        except KeyboardInterrupt:
-            logger.warning("What is encoded by now is kept: the same command goes on from there.")
-            raise
-
-    cache, samples = _first_rank_first(ranks, fill)
+    cache = Cache(args.cache or args.output.parent / ".cache", *encoders)
+    try:
+        samples, _ = cache.fill(dataset, ranks=ranks)
+    except KeyboardInterrupt:
+        logger.warning("What is encoded by now is kept: the same command goes on from there.")
+        raise
     pictures = Samples(args.sample_prompt, encoder, vae, args.resolution, partial(decode_latents, vae))
     return cache, samples, pictures
 
