@@ -8,6 +8,7 @@ import folder_paths
 from comfy_api.latest import io, ui
 
 from ..sana_core.resolution import ASPECT_RATIOS
+from ..sana_core.training.captions import OFFICIAL_CHOICE, CaptionChoice
 from ..sana_core.training.dataset import read_dataset
 from ..sana_core.training.report import report
 from .clip import PromptTokenizer
@@ -63,6 +64,27 @@ class SanaDataset(io.ComfyNode):
                     tooltip="Pictures whose captions all have a CLIP score below it are left out. Captions without a "
                     "score count as good enough.",
                 ),
+                io.Float.Input(
+                    "caption_threshold",
+                    default=OFFICIAL_CHOICE.threshold,
+                    min=0.0,
+                    max=100.0,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where a picture has several captions with CLIP scores: those that score lower are drawn "
+                    "only if all do.",
+                ),
+                io.Float.Input(
+                    "caption_temperature",
+                    default=OFFICIAL_CHOICE.temperature,
+                    min=0.0,
+                    max=100.0,
+                    step=0.01,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Where a picture has several captions with CLIP scores, one is drawn with weight "
+                    "score^(1 / temperature): near 0 always the best, 1 by the score, high nearly alike.",
+                ),
                 io.Boolean.Input(
                     "decode",
                     default=True,
@@ -101,7 +123,15 @@ class SanaDataset(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, folder, resolution, missing_captions="skip", min_score=0.0, decode=True, clip=None
+        cls,
+        folder,
+        resolution,
+        missing_captions="skip",
+        min_score=0.0,
+        caption_threshold=OFFICIAL_CHOICE.threshold,
+        caption_temperature=OFFICIAL_CHOICE.temperature,
+        decode=True,
+        clip=None,
     ) -> io.NodeOutput:
         """The data set, and the report as text. Raises DatasetError if nothing in it is usable."""
         dataset = read_dataset(
@@ -109,6 +139,7 @@ class SanaDataset(io.ComfyNode):
             int(resolution),
             missing_captions=missing_captions.strip(),
             min_score=min_score,
+            choice=CaptionChoice(caption_threshold, caption_temperature),
             decode=decode,
         )
         text = report(dataset, _tokenizer(clip))

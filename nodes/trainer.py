@@ -18,6 +18,7 @@ from ..sana_core.checkpoint import read_lora
 from ..sana_core.training.chart import draw_run
 from ..sana_core.training.config import PRECISIONS, TrainConfig
 from ..sana_core.training.finetune import MODES, FineTuning, Watch, fine_tune
+from ..sana_core.training.lock import run_lock
 from ..sana_core.training.lora import TARGETS, comfy_lora
 from ..sana_core.training.optimizers import OPTIMIZERS, optimizer_factory
 from ..sana_core.training.progress import Progress, read_losses
@@ -84,15 +85,19 @@ class SanaTrainer(io.ComfyNode):
         settings = _settings(options, device)
         optimizer_factory(settings.config.optimizer)
         prompts = [line.strip() for line in options.get("sample_prompts", "").splitlines() if line.strip()]
+        with run_lock(folder):
+            pass  # a folder in use, or that cannot be written to, is found out before hours of encoding
         display = _Display(folder, cls.hidden)
         cache, samples, pictures = encode_dataset(dataset, prompts, vae, clip, folder.parent / CACHE, display.encoding)
         network = trainable_copy(model, settings.weights_dtype(device))
         try:
             with torch.inference_mode(False):
-                watch = Watch(display.training, display.drawn)
-                result = fine_tune(
-                    network, _name_of(model), samples, cache, settings, folder, pictures=pictures, watch=watch
-                )
+                options = {
+                    "choice": dataset.choice,
+                    "pictures": pictures,
+                    "watch": Watch(display.training, display.drawn),
+                }
+                result = fine_tune(network, _name_of(model), samples, cache, settings, folder, **options)
                 lora = comfy_lora(network) if settings.mode == "lora" else None
         finally:
             del network
@@ -136,7 +141,7 @@ def _inputs() -> list[io.Input]:
             min=0.0,
             max=10.0,
             step=0.000001,
-            tooltip="0 takes what is usual: 0.0001 for a LoRA, 0.00002 for all weights.",
+            tooltip="0 takes what is usual: 0.0001 for a LoRA, 0.00002 for all weights, 1 with prodigy.",
         ),
         io.Int.Input("rank", default=16, min=1, max=1024, tooltip="Of the LoRA: how much it can learn, and its size."),
         seed_input("Number that all randomness comes from: the same seed gives the same result."),

@@ -12,6 +12,7 @@ TORCH=(torch==2.11.0 torchvision==0.26.0 torchaudio==2.11.0)
 TESTS=(
     "diffusers==0.42.1; python_version >= '3.11'" "diffusers==0.41.0; python_version < '3.11'" # 0.42 left 3.10 behind
     peft==0.21.2 playwright==1.65.2 pytest==9.2.0 ruff==0.17.5 torch-fidelity==0.4.0 torchmetrics==1.9.0
+    came-pytorch==0.1.3 prodigyopt==1.1.2 webdataset==1.0.2
 )
 
 find_python() {

@@ -1,6 +1,7 @@
 """`train`: fine-tune a model on a folder of pictures and captions, on one device or with torchrun on many."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -9,24 +10,30 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..autoencoder import decode_latents
 from ..checkpoint import load_dc_ae, load_text_encoder, load_tokenizer, load_transformer
 from ..resolution import ASPECT_RATIOS
 from ..training.cache import Cache
+from ..training.captions import OFFICIAL_CHOICE, CaptionChoice
 from ..training.config import PRECISIONS, SCHEDULES, TrainConfig
 from ..training.dataset import Dataset, read_dataset
 from ..training.distributed import Single, from_environment
 from ..training.encoders import latent_encoder, text_feature_encoder
+from ..training.entries import left_out_in_short
 from ..training.finetune import MODES, FineTuning, fine_tune
-from ..training.lock import RunInUse
+from ..training.lock import RunInUse, run_lock
 from ..training.loop import TrainingDiverged
 from ..training.lora import TARGETS
 from ..training.optimizers import OPTIMIZERS, optimizer_factory
 from ..training.presets import PRECISION, PRESETS, RECOMPUTE
 from ..training.report import report
 from ..training.samples import Samples
+from ..training.stop import Stopped
 from .models import NANO_FILES, add_model_options, component_paths, model_files
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -67,6 +74,20 @@ def add_data_options(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="leave out pictures whose captions all have a CLIP score below it",
     )
+    add(
+        "--caption-threshold",
+        type=float,
+        default=OFFICIAL_CHOICE.threshold,
+        metavar="SCORE",
+        help="of several captions, those with a lower CLIP score are drawn only if all have one",
+    )
+    add(
+        "--caption-temperature",
+        type=float,
+        default=OFFICIAL_CHOICE.temperature,
+        metavar="T",
+        help="of several captions, one is drawn with weight score^(1/T): near 0 always the best, 1 by the score",
+    )
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -81,7 +102,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--preset", choices=list(PRESETS), help=f"batch, optimizer and such for a GPU's memory. {_PRESETS}")
     add("--batch", type=int, help="pictures of each process in a batch; the default is 1, or the preset's")
     add("--accumulation", type=int, default=1, help="batches to an update")
-    add("--learning-rate", type=float, help="the default is 1e-4 for a LoRA and 2e-5 for all weights")
+    add("--learning-rate", type=float, help="the default is 1e-4 for a LoRA and 2e-5 for all weights; 1 with prodigy")
     add("--schedule", choices=SCHEDULES, default="constant", help="of the learning rate, after the warm-up")
     add("--warmup", type=int, help="steps; the default is 100, or a tenth of --steps where that is less")
     add("--optimizer", choices=list(OPTIMIZERS), help="the default is adamw, or the preset's")
@@ -95,7 +116,7 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add("--compile", action="store_true", help="torch.compile the blocks: a slow start, then faster steps")
     add("--shard", action="store_true", help="under torchrun, share the model out (FSDP2); for --mode full")
     add("--save-every", type=int, default=250, help="steps")
-    add("--sample-every", type=int, default=0, help="steps between pictures of --sample-prompt; 0 draws none")
+    add("--sample-every", type=int, help="steps between pictures of --sample-prompt; the default is --save-every's")
     add("--sample-prompt", action="append", default=[], help="what to draw meanwhile; repeat the option for more")
     add("--validation-share", type=float, default=0.0, help="part of the pictures to measure the loss on instead")
     add("--tensorboard", action="store_true", help="write TensorBoard's files as well")
@@ -109,6 +130,7 @@ def load_dataset(args: argparse.Namespace, *, decode: bool = False) -> Dataset:
         args.resolution,
         missing_captions=args.missing_captions,
         min_score=args.min_score,
+        choice=CaptionChoice(args.caption_threshold, args.caption_temperature),
         decode=decode,
     )
 
@@ -134,10 +156,17 @@ def train(args: argparse.Namespace) -> None:
     optimizer_factory(settings.config.optimizer)
     dataset = load_dataset(args)
     ranks = from_environment(args.device and str(args.device), shard=args.shard)
+    if ranks.rank == 0 and (left_out := left_out_in_short(dataset.problems)):
+        logger.warning("left out of %s: %s --check lists all.", dataset.folder, left_out)
     try:
-        result = _run(args, files, settings, dataset, ranks)
+        with logging_redirect_tqdm():  # so that messages do not stand in the middle of a progress bar
+            result = _run(args, files, settings, dataset, ranks)
     except (RunInUse, TrainingDiverged) as error:
         raise ValueError(str(error)) from error
+    except Stopped as stopped:
+        if ranks.rank == 0:
+            logger.warning("Step %d is saved in %s: the same command goes on from there.", stopped.step, args.output)
+        raise
     if ranks.rank == 0:
         sys.stdout.write(f"{result}\n")
     if dist.is_initialized():
@@ -165,7 +194,7 @@ def fine_tuning(args: argparse.Namespace) -> FineTuning:
         compile=args.compile,
         save_every=args.save_every,
         log_every=1,
-        sample_every=args.sample_every,
+        sample_every=_sample_every(args),
         validate_every=args.save_every if args.validation_share else 0,
         tensorboard=args.tensorboard,
         seed=args.seed,
@@ -184,14 +213,25 @@ def fine_tuning(args: argparse.Namespace) -> FineTuning:
     )
 
 
+def _sample_every(args: argparse.Namespace) -> int:
+    if args.sample_every is not None:
+        return args.sample_every
+    return args.save_every if args.sample_prompt else 0
+
+
 def _run(args: argparse.Namespace, files: dict[str, Path], settings: FineTuning, dataset: Dataset, ranks: Single):
     paths = _first_rank_first(ranks, lambda: component_paths(files))
+    if ranks.rank == 0:
+        with run_lock(args.output):
+            pass  # a folder in use, or that cannot be written to, is found out before hours of encoding
     # The encoders are loaded first and the text encoder is gone again when the transformer takes the memory.
     cache, samples, pictures = _encode(args, paths, dataset, ranks)
     dtype = settings.weights_dtype(ranks.device)
     model = load_transformer(paths["transformer"], variant=args.variant, device=ranks.device, dtype=dtype)
     base_model = (args.model or paths["transformer"]).name
-    return fine_tune(model, base_model, samples, cache, settings, args.output, ranks=ranks, pictures=pictures)
+    return fine_tune(
+        model, base_model, samples, cache, settings, args.output, choice=dataset.choice, ranks=ranks, pictures=pictures
+    )
 
 
 def _encode(args: argparse.Namespace, paths: dict[str, Path], dataset: Dataset, ranks: Single):
@@ -201,11 +241,12 @@ def _encode(args: argparse.Namespace, paths: dict[str, Path], dataset: Dataset, 
     encoder = load_text_encoder(paths["text_encoder"], device=ranks.device, dtype=dtype)
     encoders = latent_encoder(vae), text_feature_encoder(encoder)
 
-    def fill():
-        cache = Cache(args.cache or args.output.parent / ".cache", *encoders)
-        return cache, cache.fill(dataset)[0]
-
-    cache, samples = _first_rank_first(ranks, fill)
+    cache = Cache(args.cache or args.output.parent / ".cache", *encoders)
+    try:
+        samples, _ = cache.fill(dataset, ranks=ranks)
+    except KeyboardInterrupt:
+        logger.warning("What is encoded by now is kept: the same command goes on from there.")
+        raise
     pictures = Samples(args.sample_prompt, encoder, vae, args.resolution, partial(decode_latents, vae))
     return cache, samples, pictures
 

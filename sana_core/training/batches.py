@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .batch import Batch
 from .cache import Cache, CachedSample, fingerprint
-from .captions import CaptionChoice
+from .captions import OFFICIAL_CHOICE, CaptionChoice
 
 
 class GlobalBatch(NamedTuple):
@@ -39,7 +39,7 @@ class Batches:
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
-        choice: CaptionChoice | None = None,
+        choice: CaptionChoice = OFFICIAL_CHOICE,
     ):
         """`samples` are those that `cache.fill` returned, and the same on all ranks; `batch_size` is of one rank."""
         if not samples:
@@ -48,7 +48,7 @@ class Batches:
             raise ValueError(f"batch size {batch_size}, rank {rank} of {world_size}: no such share of a batch")
         self.samples = tuple(samples)
         self.fingerprint = fingerprint(samples)
-        self._cache, self._seed, self._choice = cache, seed, choice or CaptionChoice()
+        self._cache, self._seed, self._choice = cache, seed, choice
         self._batch_size, self._rank, self._world_size = batch_size, rank, world_size
         self._plan = lru_cache(maxsize=2)(self._make_plan)
 

@@ -24,6 +24,7 @@ from ..finite import require_finite
 from ..resolution import Size
 from .captions import Caption
 from .dataset import WORKERS, Dataset, Sample
+from .distributed import Single
 from .encoders import Encoder
 from .entries import Problem
 from .folders import DatasetError
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 LATENT_DTYPE = torch.float16
 LAYOUT = "1"  # of the entries: to be counted up with any change of how pictures are fitted or entries are stored
+
+ALONE = Single("cpu")
 
 OnProgress = Callable[[int, int], None]  # done, of how many
 
@@ -59,16 +62,17 @@ class Cache:
         self._features = Shards(Path(folder) / "text" / f"{LAYOUT}-{text.identity[:32]}")
 
     def fill(
-        self, dataset: Dataset, on_progress: OnProgress | None = None
+        self, dataset: Dataset, on_progress: OnProgress | None = None, *, ranks: Single = ALONE
     ) -> tuple[tuple[CachedSample, ...], list[Problem]]:
         """Encode what is not there yet, with progress bars on the terminal: one for captions, one for pictures.
 
         It may be killed at any time, and goes on from there when called again. Several processes may fill one cache.
 
         Args:
-            dataset: pictures that cannot be read turn up as problems here, at the latest.
+            dataset: the same on all ranks. Pictures that cannot be read turn up as problems here, at the latest.
             on_progress: called after each picture and each caption; what it raises ends the filling, and all that was
                 computed is kept.
+            ranks: share the work; each waits for the others, and all get the same result.
 
         Raises:
             FloatingPointError: NaN or infinity from an encoder; names the file.
@@ -78,28 +82,65 @@ class Cache:
         unique = list(dict.fromkeys(dataset.samples))
         captions = list(dict.fromkeys(["", *(caption.text for sample in unique for caption in sample.captions)]))
         names = {caption.text: sample.name for sample in unique for caption in sample.captions}
-        count = _Counter(len(unique) + len(captions), on_progress)
-        problems: list[Problem] = []
-        keys: dict[Sample, str] = {}
+        numbered = list(enumerate(unique))
+        own, step = ranks.rank, ranks.world_size
+        share = numbered[own::step]
+        count = _Counter(len(share) + len(captions[own::step]), on_progress, silent=own > 0)
+        self._encode_captions(captions[own::step], names, count)
+        findings = self._encode_pictures(share, count)
+        if ranks.world_size > 1:
+            findings = {number: finding for share in ranks.gather(findings) for number, finding in share.items()}
+            self._encode_lacking(captions, names, numbered, findings, _Counter(0, None, silent=True))
+        keys = {sample: findings[number] for number, sample in numbered if isinstance(findings[number], str)}
+        problems = [finding for _, finding in sorted(findings.items()) if isinstance(finding, Problem)]
+        if not keys:
+            raise DatasetError(f"{dataset.folder}: not one of {len(unique)} pictures could be read. {problems[0]}")
+        for problem in problems if ranks.rank == 0 else ():
+            logger.warning("left out: %s", problem)
+        return tuple(_cached(s, keys[s]) for s in dataset.samples if s in keys), problems
+
+    def _encode_captions(self, captions: Sequence[str], names: dict[str, str], count: "_Counter") -> None:
         try:
-            for caption in tqdm(captions, "captions", leave=False):
+            for caption in tqdm(captions, "captions", leave=False, disable=count.silent):
                 self._add_features(caption, names.get(caption, "the empty caption"))
                 count.step()
-            for sample, content in tqdm(_read_ahead(self._read, unique), "latents", len(unique), leave=False):
+        finally:
+            self._features.flush()
+
+    def _encode_pictures(self, pictures: Sequence[tuple[int, Sample]], count: "_Counter") -> dict[int, str | Problem]:
+        """Key of each picture's latents, or what is wrong with it, by the number that stands before it."""
+        findings: dict[int, str | Problem] = {}
+        ahead = _read_ahead(self._read, [sample for _, sample in pictures])
+        bar = tqdm(ahead, "latents", len(pictures), leave=False, disable=count.silent)
+        try:
+            for (number, _), (sample, content) in zip(pictures, bar, strict=True):
                 if isinstance(content, ImageError):
                     detail = str(content).removeprefix(f"{sample.name}: ")
-                    problems.append(Problem(sample.name, "picture cannot be read", detail))
+                    findings[number] = Problem(sample.name, "picture cannot be read", detail)
                 else:
-                    keys[sample] = self._add_latents(sample, *content)
+                    findings[number] = self._add_latents(sample, *content)
                 count.step()
         finally:
             self._latents.flush()
-            self._features.flush()
-        if not keys:
-            raise DatasetError(f"{dataset.folder}: not one of {len(unique)} pictures could be read. {problems[0]}")
-        for problem in problems:
-            logger.warning("left out: %s", problem)
-        return tuple(_cached(s, keys[s]) for s in dataset.samples if s in keys), problems
+        return findings
+
+    def _encode_lacking(
+        self,
+        captions: Sequence[str],
+        names: dict[str, str],
+        numbered: Sequence[tuple[int, Sample]],
+        findings: dict[int, str | Problem],
+        count: "_Counter",
+    ) -> None:
+        """Encodes what other ranks have encoded onto a disk that this one does not see. Raises DatasetError."""
+        self._features.refresh()
+        self._latents.refresh()
+        self._encode_captions([text for text in captions if caption_key(text) not in self._features], names, count)
+        keys = {number: finding for number, finding in findings.items() if isinstance(finding, str)}
+        lacking = [(n, sample) for n, sample in numbered if n in keys and keys[n] not in self._latents]
+        for number, found in self._encode_pictures(lacking, count).items():
+            if found != keys[number]:
+                raise DatasetError(f"{found}: another rank has read another file. Give all ranks the same data set.")
 
     def latents(self, sample: CachedSample) -> Tensor:
         """Scaled latents [C, h, w], float32."""
@@ -189,8 +230,9 @@ def _finished(sample: Sample, future) -> tuple[Sample, object]:
 class _Counter:
     """Tells the callback how far the filling is."""
 
-    def __init__(self, total: int, on_progress: OnProgress | None):
-        self._done, self._total = 0, total
+    def __init__(self, total: int, on_progress: OnProgress | None, *, silent: bool):
+        """`silent`: no bars on the terminal."""
+        self._done, self._total, self.silent = 0, total, silent
         self._on_progress = on_progress
 
     def step(self) -> None:

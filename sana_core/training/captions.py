@@ -1,5 +1,7 @@
 """The captions of a training picture: how they are read, and which of several is drawn."""
 
+import codecs
+import math
 import random
 import unicodedata
 from collections.abc import Sequence
@@ -20,6 +22,15 @@ class CaptionChoice:
 
     threshold: float = 25.0  # captions below it are drawn only if all are
     temperature: float = 0.1  # weight = score^(1 / temperature)
+
+    def __post_init__(self):
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"The caption threshold is {self.threshold}, expected a CLIP score, about 0 to 40.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"The caption temperature is {self.temperature}, expected 0 or more: near 0 takes the caption that "
+                "scores best, 1 weighs captions by their scores."
+            )
 
     def weights(self, captions: Sequence[Caption]) -> list[float]:
         """Probability of each caption (NVlabs/Sana `weighted_sample_clipscore`).
@@ -47,17 +58,24 @@ class CaptionChoice:
         return rng.choices(range(len(captions)), self.weights(captions))[0]
 
 
+OFFICIAL_CHOICE = CaptionChoice()
+
+
 def decode_caption(content: bytes) -> str:
     """Text of a caption file: whole, without white space around it. A byte order mark and CRLF leave no trace.
 
-    Raises ValueError for anything but UTF-8: a guess would train on garbage without a word.
+    Raises ValueError for anything but UTF-8, and UTF-16 with its mark, which Windows writes: a guess would train on
+    garbage without a word.
     """
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
-        raise ValueError(f"its text is not UTF-8 (byte {error.start} is 0x{content[error.start]:02x})") from error
+        byte = content[error.start]
+        kind = encoding.removesuffix("-sig").upper()
+        raise ValueError(f"its text is not {kind} (byte {error.start} is 0x{byte:02x}); save it as UTF-8") from error
     if "\0" in text:
-        raise ValueError("its text holds NUL bytes, so it is not plain UTF-8")
+        raise ValueError("its text holds NUL bytes, so it is not plain UTF-8; save it as UTF-8")
     return clean_caption(text)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ MAY_CHANGE = {
     "steps", "learning_rate", "schedule", "warmup_steps", "decay_steps", "accumulation", "compile", "save_every",
     "keep", "log_every", "validate_every", "sample_every", "tensorboard",
 }  # fmt: skip
+
+_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,17 @@ class TrainConfig:
     @classmethod
     def lora(cls, steps: int, **changes) -> "TrainConfig":
         """Settings to train a LoRA with."""
-        return cls(steps, **{"learning_rate": 1e-4, "max_grad_norm": 1.0, **changes})
+        return cls(steps, **{"learning_rate": usual_rate("lora", **changes), "max_grad_norm": 1.0, **changes})
 
     @classmethod
     def full(cls, steps: int, **changes) -> "TrainConfig":
         """Settings to train all weights with; the gradient is clipped as in the official configurations."""
-        return cls(steps, **{"learning_rate": 2e-5, "max_grad_norm": 0.1, **changes})
+        return cls(steps, **{"learning_rate": usual_rate("full", **changes), "max_grad_norm": 0.1, **changes})
+
+
+def usual_rate(mode: str, optimizer: str = "adamw", **_) -> float:
+    """The learning rate where none is asked for; Prodigy finds its own, and the rate is a factor of that."""
+    return 1.0 if optimizer == "prodigy" else {"lora": 1e-4, "full": 2e-5}[mode]
 
 
 def fixed_settings(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +92,13 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """A line for each setting that is not what it was."""
     absent = object()
     return [
-        f"{name}: {saved.get(name, 'absent')!r} -> {now.get(name, 'absent')!r}"
+        f"{name}: {_change(saved.get(name, 'absent'), now.get(name, 'absent'))}"
         for name in sorted(saved.keys() | now.keys())
         if saved.get(name, absent) != now.get(name, absent)
     ]
+
+
+def _change(before: object, after: object) -> str:
+    if all(isinstance(value, str) and _HASH.fullmatch(value) for value in (before, after)):
+        return "its content is not what the run was begun with"
+    return f"{before!r} -> {after!r}"

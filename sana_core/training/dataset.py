@@ -13,8 +13,8 @@ from tqdm import tqdm
 from ..resolution import Size
 from .archives import WIDS_META, missing_shards, read_archives
 from .buckets import check_base, choose_bucket, cropped_share
-from .captions import Caption, clean_caption
-from .entries import Content, Entry, Listing, Problem, files_below
+from .captions import OFFICIAL_CHOICE, Caption, CaptionChoice, clean_caption
+from .entries import Content, Entry, Listing, Problem, files_below, left_out_in_short
 from .folders import META_DATA, METADATA, DatasetError, read_meta_data, read_metadata, read_pairs
 from .images import EXTENSIONS, ImageError, is_animated, read_image, read_size
 from .sidecars import Sidecars
@@ -45,6 +45,7 @@ class Dataset:
     base: int  # pixels; which table the buckets are from
     samples: tuple[Sample, ...]
     problems: tuple[Problem, ...]
+    choice: CaptionChoice = OFFICIAL_CHOICE  # of one caption of several
 
     def buckets(self) -> dict[Size, int]:
         """Samples in each bucket, from wide to tall."""
@@ -53,7 +54,13 @@ class Dataset:
 
 
 def read_dataset(
-    folder: str | Path, base: int, *, missing_captions: str = "skip", min_score: float = 0.0, decode: bool = False
+    folder: str | Path,
+    base: int,
+    *,
+    missing_captions: str = "skip",
+    min_score: float = 0.0,
+    choice: CaptionChoice = OFFICIAL_CHOICE,
+    decode: bool = False,
 ) -> Dataset:
     """Read the data set in a folder, or in one tar.
 
@@ -65,6 +72,7 @@ def read_dataset(
         missing_captions: what becomes of pictures without a caption: "skip" leaves them out, "error" raises, "empty"
             trains them as unconditional, "filename" reads the file's name, "text:a photo of it" takes that text.
         min_score: pictures whose captions are all scored below it are left out (upstream's del_img_clip_thr).
+        choice: how one of several captions is drawn when the data set is trained on.
         decode: decode every picture and compare contents, which finds damaged and double ones before caching would.
 
     Raises:
@@ -93,7 +101,7 @@ def read_dataset(
             listing.warn(entry.name, "same content as another", first_of[digest])
     if not samples:
         raise DatasetError(_nothing_usable(folder, listing.problems))
-    return Dataset(folder, base, tuple(samples), tuple(listing.problems))
+    return Dataset(folder, base, tuple(samples), tuple(listing.problems), choice)
 
 
 def _caption_policy(missing_captions: str) -> Callable[[str], str | None]:
@@ -125,7 +133,8 @@ def _list_files(folder: Path) -> Listing:
         read_archives(folder.parent, [folder], sidecars, listing)
         return listing
     if not folder.is_dir():
-        raise DatasetError(f"{folder} is no folder and no .tar. Choose the folder that holds the pictures.")
+        found = "is no folder and no .tar" if folder.exists() else "does not exist"
+        raise DatasetError(f"{folder} {found}. Choose the folder that holds the pictures, or one .tar.")
     if (folder / METADATA).is_file():
         read_metadata(folder, listing)
         return listing
@@ -211,11 +220,7 @@ def _sample(entry: Entry, size: Size, base: int, listing: Listing) -> Sample | N
 
 
 def _nothing_usable(folder: Path, problems: Iterable[Problem]) -> str:
-    left_out = [problem for problem in problems if problem.left_out]
-    counts = Counter(problem.reason for problem in left_out)
-    found = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common()) or "no such file"
-    found += f". The first is {left_out[0]}" if left_out else ""
     return (
         f"{folder} holds no picture to train on: looked for {', '.join(EXTENSIONS)} with a caption in .txt or .json "
-        f"beside it, {METADATA}, {META_DATA} and .tar. Found: {found}."
+        f"beside it, {METADATA}, {META_DATA} and .tar. Found: {left_out_in_short(problems) or 'no such file.'}"
     )

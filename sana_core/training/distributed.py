@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..models.sana import SanaTransformer
 
 WEIGHTS, SHARDS = "weights.pt", "shards"
-PATIENCE = timedelta(days=30)  # with the first rank, while it encodes the data set or draws samples
+PATIENCE = timedelta(days=30)  # with the slowest rank, while it encodes its share of the data set or draws samples
 
 
 class Single:
@@ -55,7 +55,13 @@ class Single:
             torch.save({**tensors, "optimizer": optimizer.state_dict()}, file)
 
     def load(self, folder: Path, tensors: dict[str, dict], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Reads what `save` wrote, into the same tensors."""
+        """Reads what `save` wrote, into the same tensors; also what ranks wrote that shared the model.
+
+        Raises ValueError for a state that only others can read, or of another model.
+        """
+        if (folder / SHARDS).is_dir():
+            _load_shards(folder, tensors, model, optimizer)
+            return
         saved = torch.load(folder / WEIGHTS, map_location="cpu", weights_only=True, mmap=True)
         for group, members in tensors.items():
             if saved[group].keys() != members.keys():
@@ -139,12 +145,18 @@ class FSDP(_Group):
             raise OSError(errno.EIO, str(error)) from error
 
     def load(self, folder: Path, tensors: dict[str, dict], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        from torch.distributed import checkpoint
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+        if not (folder / SHARDS).is_dir():
+            raise ValueError(f"{folder} was saved without sharing the model out: go on with it without --shard.")
+        _load_shards(folder, tensors, model, optimizer)
 
-        state = {**tensors, "optimizer": get_optimizer_state_dict(model, optimizer)}
-        checkpoint.load(state, checkpoint_id=folder / SHARDS)
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+
+def _load_shards(folder: Path, tensors: dict[str, dict], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    state = {**tensors, "optimizer": get_optimizer_state_dict(model, optimizer)}
+    checkpoint.load(state, checkpoint_id=folder / SHARDS)
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
 def from_environment(device: str | None = None, *, shard: bool = False) -> Single:

@@ -1,11 +1,22 @@
 """What every layout of a data set is read into: pictures with their captions, and problems."""
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from .captions import Caption, decode_caption
+
+# What to do about the commonest reasons to leave out a file.
+ADVICE = {
+    "no caption": "Write captions, or choose with 'missing captions' what becomes of such pictures.",
+    "picture cannot be read": "Save the pictures anew, or remove them.",
+    "kind of picture that is not read": "Convert the pictures to PNG, JPEG or WebP.",
+    "too small": "Choose a lower resolution, or use larger pictures.",
+    "all captions score too low": "Choose a lower score, or write better captions.",
+    "caption without a picture": "Put the pictures beside them, under the same names.",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +59,17 @@ class Problem:
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}{f' ({self.detail})' if self.detail else ''}"
+
+
+def left_out_in_short(problems: Iterable[Problem]) -> str:
+    """How many files are left out for which reason, the first of them, and what to do; "" where none is."""
+    left_out = [problem for problem in problems if problem.left_out]
+    if not left_out:
+        return ""
+    counts = Counter(problem.reason for problem in left_out).most_common()
+    found = ", ".join(f"{count} x {reason}" for reason, count in counts)
+    first = next(problem for problem in left_out if problem.reason == counts[0][0])
+    return f"{found}. The first is {first}. {ADVICE.get(first.reason, '')}".rstrip()
 
 
 @dataclass

@@ -18,6 +18,7 @@ from ..checkpoint.files import atomic_path, write_safetensors
 from ..models.sana import SanaTransformer
 from .batches import Batches
 from .cache import Cache, CachedSample
+from .captions import OFFICIAL_CHOICE, CaptionChoice
 from .config import TrainConfig
 from .distributed import FSDP, Single
 from .encoders import module_identity
@@ -80,6 +81,7 @@ def fine_tune(
     settings: FineTuning,
     folder: Path,
     *,
+    choice: CaptionChoice = OFFICIAL_CHOICE,
     ranks: Single | None = None,
     pictures: Samples | None = None,
     watch: Watch = Watch(),
@@ -91,6 +93,7 @@ def fine_tune(
         base_model: its name, for the file of a LoRA.
         samples, cache: what `cache.fill` returned, and where it is.
         folder: of the run.
+        choice: how one of a picture's captions is drawn.
         pictures: drawn every `config.sample_every` steps and at the end.
 
     Returns:
@@ -104,8 +107,8 @@ def fine_tune(
     check_model(model, cache)
     trained, held_out = hold_out(samples, settings.validation_share)
     config = settings.config
-    share = {"seed": config.seed, "rank": ranks.rank, "world_size": ranks.world_size}
-    batches = Batches(trained, cache, settings.batch_size, **share)
+    share = {"rank": ranks.rank, "world_size": ranks.world_size}
+    batches = Batches(trained, cache, settings.batch_size, seed=config.seed, choice=choice, **share)
     identity = {
         "base model": module_identity(model, model.config),
         "data set": batches.fingerprint,
@@ -113,12 +116,15 @@ def fine_tune(
         "batch": settings.batch_size,
         "validation": len(held_out),
     }
+    if choice != OFFICIAL_CHOICE:
+        identity["captions"] = f"threshold {choice.threshold:g}, temperature {choice.temperature:g}"
     if settings.mode == "lora":
         identity |= {"rank": settings.rank, "targets": settings.targets}
         add_adapters(model, settings.rank, targets=settings.targets, seed=config.seed)
     else:
         model.requires_grad_(True)
-    hooks = _hooks(base_model, held_out, cache, settings, folder, ranks, pictures, watch)
+    validation = Batches(held_out, cache, settings.batch_size, seed=config.seed, choice=choice) if held_out else None
+    hooks = _hooks(base_model, validation, settings, folder, ranks, pictures, watch)
     objective = FlowMatching(model.config.shift, batches.null_features, recompute=settings.recompute)
     try:
         train(model, batches, objective, config, folder, ranks=ranks, hooks=hooks, identity=identity)
@@ -173,9 +179,8 @@ def publish(state: Path, mode: str) -> None:
             shutil.copyfile(source, temporary)
 
 
-def _hooks(base_model, held_out, cache, settings: FineTuning, folder: Path, ranks, pictures, watch: Watch) -> Hooks:
+def _hooks(base_model, validation: Batches | None, settings: FineTuning, folder: Path, ranks, pictures, watch) -> Hooks:
     config = settings.config
-    validation = Batches(held_out, cache, settings.batch_size, seed=config.seed) if held_out else None
 
     def validate(averaged: nn.Module) -> dict[str, float]:
         return validation_loss(averaged, [validation.batch(step) for step in range(len(validation))])

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from .captions import Caption, clean_caption, decode_caption
 from .entries import Content, Entry, Listing, printable, read_caption_file, relative_name
-from .images import EXTENSIONS
+from .images import EXTENSIONS, NOT_READ
 from .sidecars import DEFAULT_KIND, Captions, Sidecars
 
 META_DATA = "meta_data.json"  # NVlabs/Sana's: {"img_names": ["AAA", ...]}; a name that is repeated counts as often
@@ -29,7 +29,11 @@ def read_pairs(folder: Path, files: Sequence[Path], sidecars: Sidecars, listing:
         captions = _captions_of(folder, key, texts, sidecars, listing)
         if captions is not None:
             listing.entries += [Entry(relative_name(path, folder), Content(path), captions) for path in paths]
-    for key in texts.keys() - pictures.keys():
+    unread = {(path.parent, path.stem): path for path in files if path.suffix.lower() in NOT_READ}
+    for path in unread.values():
+        listing.leave_out(relative_name(path, folder), "kind of picture that is not read", path.suffix)
+    composed = {(parent, unicodedata.normalize("NFC", stem)) for parent, stem in unread}
+    for key in sorted(texts.keys() - pictures.keys() - composed):
         listing.leave_out(relative_name(texts[key], folder), "caption without a picture")
 
 

@@ -13,6 +13,7 @@ from ..resolution import Size
 from .buckets import cover_size
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")  # in any case
+NOT_READ = (".avif", ".bmp", ".gif", ".heic", ".heif", ".jxl", ".tif", ".tiff")  # pictures, too, to be converted first
 BACKGROUND = "white"  # under transparent pictures
 LANCZOS_AREA = 2**21  # pixels: above every bucket of 1024 px, below every one of 2048 px
 

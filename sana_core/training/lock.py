@@ -29,8 +29,15 @@ def run_lock(run: Path) -> Iterator[None]:
         RunInUse: another process trains there.
         OSError: the folder cannot be written to.
     """
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / LOCK, "a+", encoding="utf-8") as file:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock = open(run / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise OSError(
+            f"{run} cannot be the folder of a run ({error.strerror}). Expected a folder that can be written to, or the "
+            "name of a new one: choose another."
+        ) from error
+    with lock as file:
         if not _try_lock(file):
             file.seek(0)
             owner = file.read().strip() or "another process"

@@ -18,7 +18,7 @@ from .config import TrainConfig, fixed_settings
 from .distributed import Single
 from .lock import run_lock
 from .loss import Objective, sample_generators
-from .optimizers import learning_rate, optimizer_factory
+from .optimizers import learning_rate, optimizer_factory, set_rate
 from .progress import Progress, Reporter
 from .run import Run
 from .stop import Stopped, StopSignals
@@ -120,8 +120,7 @@ def train(
         for step in range(first_step, config.steps):
             model.train()
             rate = learning_rate(step, config)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
 
             # forward and backward: the sum of the samples' losses, divided by their number over all ranks at the end
             loss_sum, count, seen = 0.0, 0, []

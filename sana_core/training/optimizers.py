@@ -68,6 +68,15 @@ def optimizer_factory(name: str) -> Factory:
     return OPTIMIZERS[name]()
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Gives all parameters this learning rate, in place where it is a tensor, as torchao's optimisers have it."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Learning rate of the step, counted from 0: linear warm-up, constant, then the schedule's fall to zero."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))

@@ -60,6 +60,11 @@ class Run:
         logger.info("Resuming from %s", folder)
         self._saved = progress["step"]
         self._next_save = self._after(self._saved)
+        if self._saved >= self._config.steps and self._ranks.rank == 0:
+            logger.warning(
+                "%s has %d steps already, %d were asked for: nothing is left to train. Ask for more steps to go on, or "
+                "name another folder to start a new run.", self._folder, self._saved, self._config.steps
+            )  # fmt: skip
         if progress["world_size"] == self._ranks.world_size:
             return progress["step"], progress["position"]
         return progress["step"], source.step_after(progress["samples"])

@@ -32,7 +32,10 @@ class Shards:
     def __init__(self, folder: Path):
         """`folder` is made if need be. Raises OSError if that fails."""
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OSError(f"The cache {folder} cannot be made ({error.strerror}). Choose another folder") from error
         self._files: dict[str, Path] = {}  # key -> file
         self._known: set[str] = set()  # names of files
         self._open: OrderedDict[Path, safe_open] = OrderedDict()

@@ -17,6 +17,8 @@ from sana_core import SanaPipeline
 from sana_core.__main__ import main
 from sana_core.checkpoint import load_transformer
 from sana_core.pictures import read_metadata
+from sana_core.training.cache import Cache, caption_key
+from sana_core.training.lock import run_lock
 from sana_core.training.state import newest_state
 from tests.conftest import ROOT
 from tests.training.pictures import picture, write
@@ -127,24 +129,49 @@ def test_all_weights_and_the_same_command_goes_on(command, files, tmp_path, caps
 
 def test_two_processes_train_as_one(command, tmp_path):
     assert main(command(output=tmp_path / "alone")) == 0
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sana_core"]
-    options = command(output=tmp_path / "two", batch=1, cache=tmp_path / "new cache", sample_prompt=PROMPT)
-    done = subprocess.run([*torchrun, *options], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    done = torchrun(command(output=tmp_path / "two", batch=1, cache=tmp_path / "new cache", sample_prompt=PROMPT))
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "two" / "lora.safetensors")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "alone"), abs=1e-5)
 
 
+def torchrun(arguments):
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "sana_core"]
+    return subprocess.run(
+        [*program, *arguments], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_a_model_shared_out_trains_as_one_and_goes_on_in_one(command, tmp_path):
+    """Within rounding, at a small rate, since Adam divides noise by noise where a gradient is zero."""
+    options = {"mode": "full", "learning_rate": 1e-4, "ema": 0.5}
+    whole, shared = tmp_path / "alone", tmp_path / "shared out"
+    assert main(command(output=whole, **options)) == 0
+    for steps in (2, 4):
+        done = torchrun([*command(output=shared, **options, batch=1, steps=steps), "--shard"])
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip() == str(shared / "transformer.safetensors")
+    assert losses(shared) == pytest.approx(losses(whole), abs=1e-5)
+    found, expected = (load_file(run / "transformer.safetensors") for run in (shared, whole))
+    assert found.keys() == expected.keys()
+    assert max((found[name].float() - expected[name].float()).abs().max() for name in found) < 2e-3
+    assert main(command(output=shared, **options, batch=1, steps=5)) == 0
+    assert losses(shared)[:4] == pytest.approx(losses(whole), abs=1e-5) and len(losses(shared)) == 5
+
+
 def test_control_c_saves(command, tmp_path):
     run = tmp_path / "run"
     program = [sys.executable, "-u", "-m", "sana_core", *command(output=run, steps=100_000)]
-    process = subprocess.Popen(program, env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
+    with open(tmp_path / "said", "w") as said:
+        process = subprocess.Popen(program, env=ENVIRONMENT, cwd=ROOT, stderr=said)
     while process.poll() is None and not ((run / "log.jsonl").exists() and losses_so_far(run)):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 128 + signal.SIGINT
+    said = (tmp_path / "said").read_text()
     _, progress = newest_state(run)
     assert progress["step"] == len(losses(run)) > 0
+    assert f"Step {progress['step']} is saved in {run}: the same command goes on from there." in said
     assert (run / "lora.safetensors").is_file()
 
 
@@ -161,9 +188,83 @@ def test_a_preset_sets_what_is_left_open(command, tmp_path, monkeypatch):
     assert found == [(8, "bf16", True), (3, "fp32", False)]
 
 
+def test_which_captions_are_drawn_is_part_of_the_run(command, files, tmp_path, capsys, monkeypatch):
+    write(tmp_path / "data", {"a.png": picture(256, 256), "a_x.json": '{"a": {"good": "a cat", "bad": "a dog"}}'})
+    write(tmp_path / "data", {"a_x_clip_score.json": '{"a": {"good": "30", "bad": "28"}}'})
+    drawn = []
+    features = Cache.features
+    monkeypatch.setattr(Cache, "features", lambda self, key: drawn.append(key) or features(self, key))
+    options = {"data": tmp_path / "data", "batch": 1, "steps": 8}
+    run = tmp_path / "strict"
+    assert main(command(output=run, **options, caption_threshold=29)) == 0
+    assert set(drawn) == {caption_key("a cat")}
+    drawn.clear()
+    assert main(command(output=tmp_path / "even", **options, caption_temperature=9)) == 0
+    assert set(drawn) == {caption_key("a cat"), caption_key("a dog")}
+    assert main(command(output=run, **options)) == 1
+    assert "captions: 'threshold 29, temperature 0.1' -> 'absent'" in capsys.readouterr().err
+
+
+def test_what_is_left_out_is_said(command, data, tmp_path, caplog):
+    files = {name: (data / name).read_bytes() for name in ("0.png", "0.txt", "1.png")}
+    write(tmp_path / "data", files | {"2.heic": b"", "2.txt": "a red cat", "3.png": picture(60, 60), "3.txt": "small"})
+    assert main(command(output=tmp_path / "run", data=tmp_path / "data", steps=1)) == 0
+    for part in ("1 x no caption", "1 x too small", "1 x kind of picture that is not read", "--check lists all"):
+        assert part in caplog.text
+    caplog.clear()
+    assert main(command(output=tmp_path / "other", steps=1)) == 0
+    assert not caplog.records
+
+
+def test_a_finished_run_says_so(command, tmp_path, caplog, capsys):
+    run = tmp_path / "run"
+    assert main(command(output=run, steps=3)) == 0
+    before = (run / "lora.safetensors").read_bytes()
+    for steps in (3, 2):
+        caplog.clear()
+        assert main(command(output=run, steps=steps)) == 0
+        assert f"has 3 steps already, {steps} were asked for: nothing is left to train" in caplog.text
+    assert (run / "lora.safetensors").read_bytes() == before and len(losses(run)) == 3
+
+
+def test_an_edited_data_set_is_another_run(command, data, tmp_path, capsys):
+    names = ("0.png", "0.txt")
+    write(tmp_path / "data", {name: (data / name).read_bytes() for name in names})
+    assert main(command(output=tmp_path / "run", data=tmp_path / "data", steps=1)) == 0
+    write(tmp_path / "data", {"0.txt": "a blue cat"})
+    assert main(command(output=tmp_path / "run", data=tmp_path / "data", steps=1)) == 1
+    assert "data set: its content is not what the run was begun with" in capsys.readouterr().err
+
+
+def test_prompts_alone_are_drawn_at_each_save(command, tmp_path):
+    assert main(command(output=tmp_path / "run", steps=2, save_every=1, sample_prompt=PROMPT)) == 0
+    drawn = sorted(path.name for path in (tmp_path / "run" / "samples").iterdir())
+    assert drawn == ["step_00000001_1.png", "step_00000002_1.png"]
+    assert main(command(output=tmp_path / "none", steps=1, sample_every=0, sample_prompt=PROMPT)) == 0
+    assert not (tmp_path / "none" / "samples").exists()
+
+
+@pytest.mark.parametrize("unwritable", ["output", "cache"])
+def test_a_folder_that_cannot_be_written_to_is_found_out_first(
+    command, data, tmp_path, capsys, monkeypatch, unwritable
+):
+    monkeypatch.setattr(Cache, "fill", lambda *_: pytest.fail("the data set is encoded"))
+    assert main(command(**{"output": tmp_path / "run", unwritable: data / "0.png" / "inside"})) == 1
+    error = capsys.readouterr().err
+    assert "inside" in error and "Not a directory" in error and error.count("\n") == 1
+
+
+def test_a_folder_in_use_is_found_out_first(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Cache, "fill", lambda *_: pytest.fail("the data set is encoded"))
+    with run_lock(tmp_path / "run"):
+        assert main(command(output=tmp_path / "run")) == 1
+    assert "is in use by process" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "options, said",
     [
+        ({"caption_temperature": -1}, "caption temperature is -1.0, expected 0 or more"),
         ({"output": None, "steps": None}, "--output and --steps missing"),
         ({"sample_every": 2}, "--sample-every given without a --sample-prompt"),
         ({"steps": 0}, "steps is 0, expected 1 or more"),
@@ -173,7 +274,8 @@ def test_a_preset_sets_what_is_left_open(command, tmp_path, monkeypatch):
         ({"shard": True}, "--shard shares out all weights: it goes with --mode full"),
         ({"shard": True, "mode": "full"}, "start them with torchrun"),
         ({"vae": None}, "--vae missing"),
-        ({"data": "nowhere"}, "nowhere is no folder"),
+        ({"data": "nowhere"}, "nowhere does not exist"),
+        ({"data": "pyproject.toml"}, "pyproject.toml is no folder and no .tar"),
         ({"optimizer": "came"}, "pip install came-pytorch"),
         ({"model": "no/such-model"}, "no/such-model"),
     ],

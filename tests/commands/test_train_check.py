@@ -96,6 +96,7 @@ def test_captions_for_those_without(data, capsys):
         ({}, "holds no picture to train on"),
         ({"a.png": PICTURE, "b.png": PICTURE}, "2 x no caption"),
         ({"a.png": b"", "a.txt": "a"}, "1 x picture cannot be read. The first is a.png"),
+        ({"a.HEIC": b"", "a.txt": "a"}, "1 x kind of picture that is not read. The first is a.HEIC"),
         ({"a.png": picture(20, 20), "a.txt": "a"}, "1 x too small"),
         ({"meta_data.json": "{"}, "meta_data.json is not valid JSON"),
     ],
@@ -110,7 +111,7 @@ def test_nothing_usable_is_status_1_and_one_line(tmp_path, capsys, files, said):
 
 def test_a_folder_that_does_not_exist(tmp_path, capsys):
     assert check("--data", tmp_path / "gone") == 1
-    assert "gone is no folder and no .tar" in capsys.readouterr().err
+    assert "gone does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["--resolution", "300"], ["--data"], []])

@@ -1,6 +1,7 @@
 """The cache: what is in it, when it is used again and when not, and what a kill leaves behind."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -294,6 +295,76 @@ def test_two_processes_fill_one_cache_at_once(tmp_path):
     latents, text = Counting(LATENTS), Counting(TEXT)
     fill(tmp_path / "cache", data, latents.encoder, text.encoder)
     assert latents.calls == text.calls == []
+
+
+RANKS = """
+import os, pickle, sys, time
+from pathlib import Path
+from dataclasses import replace
+from sana_core.training import shards
+from sana_core.training.cache import Cache
+from sana_core.training.dataset import read_dataset
+from sana_core.training.distributed import from_environment
+from tests.training.toy_encoders import LATENTS, TEXT
+shards.FLUSH_SECONDS = 0.0
+ranks = from_environment("cpu")
+Path(sys.argv[3], f"pid{ranks.rank}").write_text(str(os.getpid()))
+calls = []
+def slow(pixels):
+    calls.append(0)
+    time.sleep(float(sys.argv[4]))
+    return LATENTS.encode(pixels)
+folder = Path(sys.argv[2].replace("RANK", str(ranks.rank)))
+found = Cache(folder, replace(LATENTS, encode=slow), TEXT).fill(read_dataset(sys.argv[1], 256), ranks=ranks)
+Path(sys.argv[3], f"rank{ranks.rank}").write_bytes(pickle.dumps((*found, len(calls))))
+"""
+
+
+def start_ranks(data, cache, out, pause=0.0):
+    out.mkdir(exist_ok=True)
+    (out / "fill.py").write_text(RANKS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", out / "fill.py"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [*map(str, torchrun), str(data), str(cache), str(out), str(pause)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=(out / "said").open("ab"))
+
+
+def said(out):
+    return (out / "said").read_text()
+
+
+def results(out):
+    return [pickle.loads((out / f"rank{rank}").read_bytes()) for rank in range(2)]
+
+
+def test_two_ranks_encode_a_share_each_and_go_on_after_a_kill(tmp_path):
+    data = pairs(tmp_path / "data", 20)
+    content = encoded(picture(256, 256, 1), "JPEG")
+    write(data, {"bad.jpg": content[: len(content) // 2], "bad.txt": "bad"})
+    _, samples, problems = fill(tmp_path / "whole", data)
+    process = start_ranks(data, tmp_path / "cache", tmp_path / "out", 0.2)
+    deadline = time.monotonic() + 120
+    while len(list((tmp_path / "cache").glob("latents/*/*.safetensors"))) < 6:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    for rank in range(2):
+        os.kill(int((tmp_path / "out" / f"pid{rank}").read_text()), signal.SIGKILL)
+    assert process.wait(120) != 0
+    kept = len(list((tmp_path / "cache").glob("latents/*/*.safetensors")))
+    assert start_ranks(data, tmp_path / "cache", tmp_path / "out").wait(120) == 0, said(tmp_path / "out")
+    assert_same_entries(tmp_path / "whole", tmp_path / "cache")
+    (*first, calls), (*second, more_calls) = results(tmp_path / "out")
+    assert first == second == [samples, problems]
+    assert min(calls, more_calls) > 0 and calls + more_calls == 20 - kept
+
+
+def test_ranks_that_share_no_disk_encode_what_they_lack(tmp_path):
+    data = pairs(tmp_path / "data", 4)
+    fill(tmp_path / "whole", data)
+    assert start_ranks(data, tmp_path / "cache RANK", tmp_path / "out").wait(120) == 0, said(tmp_path / "out")
+    for rank in range(2):
+        assert_same_entries(tmp_path / "whole", tmp_path / f"cache {rank}")
+    assert [calls for *_, calls in results(tmp_path / "out")] == [4, 4]
 
 
 def test_entries_do_not_depend_on_what_else_is_encoded(tmp_path):

@@ -1,5 +1,6 @@
 """Caption files, and the choice among several captions, by hand."""
 
+import math
 import random
 
 import pytest
@@ -59,6 +60,8 @@ def test_draws_follow_the_weights_and_the_generator():
         ("红色背景左边的🐼\n".encode(), "红色背景左边的🐼"),
         ("קנגורו 👩‍🚀".encode(), "קנגורו 👩‍🚀"),
         ("cafe\u0301".encode(), "caf\u00e9"),
+        ("\ufeff红色 cat\r\n".encode("utf-16-le"), "红色 cat"),
+        ("\ufeff红色 cat".encode("utf-16-be"), "红色 cat"),
     ],
 )
 def test_caption_files(content, text):
@@ -69,7 +72,8 @@ def test_caption_files(content, text):
     "content, said",
     [
         ("über".encode("latin-1"), "not UTF-8 .byte 0 is 0xfc"),
-        ("a cat".encode("utf-16"), "not UTF-8"),
+        ("\ufeffa cat".encode("utf-16-le")[:-1], "not UTF-16 .*save it as UTF-8"),
+        ("a cat".encode("utf-32"), "NUL bytes"),
         ("a cat".encode("utf-16-le"), "NUL bytes"),
         ("红色".encode("gbk"), "not UTF-8"),
     ],
@@ -77,6 +81,14 @@ def test_caption_files(content, text):
 def test_other_encodings_are_refused(content, said):
     with pytest.raises(ValueError, match=said):
         decode_caption(content)
+
+
+@pytest.mark.parametrize(
+    "threshold, temperature, said", [(math.nan, 0.1, "threshold is nan"), (25, -1, "is -1, expected 0 or more")]
+)
+def test_a_choice_that_makes_no_sense_is_refused(threshold, temperature, said):
+    with pytest.raises(ValueError, match=said):
+        CaptionChoice(threshold, temperature)
 
 
 def test_half_an_emoji_can_be_encoded_all_the_same():

@@ -304,14 +304,14 @@ def test_an_empty_folder_is_refused_with_what_was_looked_for(tmp_path):
 
 def test_a_folder_without_anything_usable_says_why(tmp_path):
     write(tmp_path, {"a.png": PICTURE, "b.png": PICTURE, "c.png": b"x", "c.txt": "c"})
-    with pytest.raises(DatasetError, match="2 x no caption; 1 x picture cannot be read.*The first is a.png"):
+    with pytest.raises(DatasetError, match="2 x no caption, 1 x picture cannot be read.*The first is a.png"):
         read_dataset(tmp_path, 256)
 
 
-@pytest.mark.parametrize("name", ["gone", "file.png"])
-def test_what_is_no_folder_is_refused(tmp_path, name):
+@pytest.mark.parametrize("name, said", [("gone", "gone does not exist"), ("file.png", "file.png is no folder")])
+def test_what_is_no_folder_is_refused(tmp_path, name, said):
     write(tmp_path, {"file.png": PICTURE})
-    with pytest.raises(DatasetError, match=f"{name} is no folder"):
+    with pytest.raises(DatasetError, match=said):
         read_dataset(tmp_path / name, 256)
 
 

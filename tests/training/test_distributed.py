@@ -61,6 +61,7 @@ def folder(tmp_path_factory):
         ("unbroken", 6, "adamw", True),
         ("broken", 3, "adamw", True),
         ("broken", 6, "adamw", True),
+        ("left to one", 3, "sgd", True),
     ]
     train_in_two_processes(folder, [(str(folder / name), *rest) for name, *rest in jobs])
     return folder
@@ -82,6 +83,19 @@ def test_one_process_goes_on_where_two_were(folder, monkeypatch):
 
 def test_a_shared_out_run_resumes_exactly(folder):
     assert difference(trained(folder / "broken"), trained(folder / "unbroken")) == 0
+
+
+def test_one_process_reads_what_two_have_shared_out(folder, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    micro.job(folder / "left to one", 6, "sgd")
+    assert difference(trained(folder / "left to one"), trained(folder / "alone")) < 1e-6
+    assert losses(folder / "left to one") == pytest.approx(losses(folder / "alone"), abs=1e-6)
+
+
+def test_copies_are_not_read_by_those_that_share(folder):
+    group = FSDP.__new__(FSDP)
+    with pytest.raises(ValueError, match="go on with it without --shard"):
+        group.load(folder / "alone" / "step_00000006", {}, None, None)
 
 
 @pytest.fixture(scope="module")

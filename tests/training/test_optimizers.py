@@ -7,19 +7,44 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from sana_core.training.config import TrainConfig, differences, fixed_settings
-from sana_core.training.optimizers import learning_rate, optimizer_factory
+from sana_core.training.config import TrainConfig, differences, fixed_settings, usual_rate
+from sana_core.training.optimizers import learning_rate, optimizer_factory, set_rate
 from sana_core.training.progress import tensorboard_writer
+from tests import tiny
 
-from .micro import run
+from .micro import run, weights
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
-def test_torchs_own_train_and_resume(tmp_path, name):
-    unbroken = run(tmp_path / "unbroken", optimizer=name, steps=4, ema_decay=0)
-    run(tmp_path / "broken", optimizer=name, steps=2, ema_decay=0)
-    resumed = run(tmp_path / "broken", optimizer=name, steps=4, ema_decay=0)
+@pytest.mark.parametrize(
+    "name, library",
+    [
+        ("adamw", "torch"),
+        ("adafactor", "torch"),
+        ("came", "came_pytorch"),
+        ("prodigy", "prodigyopt"),
+        ("adamw8bit", "bitsandbytes"),
+        ("adamw8bit", "torchao"),
+    ],
+)
+def test_they_train_and_resume(tmp_path, monkeypatch, name, library):
+    """With the real libraries; the two 8-bit ones run on a CPU, but are large, and so are not among the tests' own."""
+    pytest.importorskip(library)
+    if library == "torchao":
+        monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    options = {"optimizer": name, "ema_decay": 0, "learning_rate": usual_rate("lora", name)}
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its step, which takes minutes
+        unbroken = run(tmp_path / "unbroken", **options, steps=4)
+        run(tmp_path / "broken", **options, steps=2)
+        resumed = run(tmp_path / "broken", **options, steps=4)
     assert all(map(torch.equal, unbroken.parameters(), resumed.parameters()))
+    assert 1e-6 < (weights(unbroken) - weights(tiny.transformer())).abs().max() < 1
+
+
+def test_a_rate_that_is_a_tensor_is_set_in_place():
+    rate = torch.tensor(1.0)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=rate)
+    set_rate(optimizer, 0.5)
+    assert optimizer.param_groups[0]["lr"] is rate and rate == 0.5
 
 
 def test_adamw_is_fused():
@@ -116,6 +141,11 @@ def test_defaults_of_both_kinds_of_training():
     lora, full = TrainConfig.lora(10), TrainConfig.full(10, seed=3)
     assert (lora.learning_rate, lora.max_grad_norm, lora.optimizer) == (1e-4, 1.0, "adamw")
     assert (full.learning_rate, full.max_grad_norm, full.seed) == (2e-5, 0.1, 3)
+
+
+def test_prodigys_rate_is_a_factor_of_what_it_finds():
+    assert TrainConfig.lora(10, optimizer="prodigy").learning_rate == 1
+    assert TrainConfig.full(10, optimizer="prodigy", learning_rate=0.5).learning_rate == 0.5
 
 
 def test_differences_are_listed_by_name():
