@@ -64,6 +64,14 @@ class SanaDataset(io.ComfyNode):
                     tooltip="Pictures whose captions all have a CLIP score below it are left out. Captions without a "
                     "score count as good enough.",
                 ),
+                io.Boolean.Input(
+                    "decode",
+                    default=True,
+                    optional=True,
+                    advanced=True,
+                    tooltip="Decode every picture now, which finds damaged and double ones. Off, damaged ones are "
+                    "found while training prepares them.",
+                ),
                 io.Float.Input(
                     "caption_threshold",
                     default=OFFICIAL_CHOICE.threshold,
@@ -84,14 +92,6 @@ class SanaDataset(io.ComfyNode):
                     advanced=True,
                     tooltip="Where a picture has several captions with CLIP scores, one is drawn with weight "
                     "score^(1 / temperature): near 0 always the best, 1 by the score, high nearly alike.",
-                ),
-                io.Boolean.Input(
-                    "decode",
-                    default=True,
-                    optional=True,
-                    advanced=True,
-                    tooltip="Decode every picture now, which finds damaged and double ones. Off, damaged ones are "
-                    "found while training prepares them.",
                 ),
                 io.Clip.Input(
                     "clip",
