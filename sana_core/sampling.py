@@ -115,7 +115,8 @@ def velocity(
     Fewer rows than captions are the last ones. Hints, one for all or one a picture, are repeated for all rows.
     Calls, one a step, are counted to say where it failed.
     """
-    context = transformer.prepare_context(captions.embeds.to(transformer.dtype), captions.mask)
+    nets = {one.net for one in control if one.strength}
+    context = transformer.prepare_context(captions.embeds.to(transformer.dtype), captions.mask, nets)
     steps = itertools.count(1)
 
     def predict(x: Tensor, timestep: Tensor, perturbed_rows: int = 0) -> Tensor:
