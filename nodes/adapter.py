@@ -18,6 +18,7 @@ import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
+from comfy.cli_args import args
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -26,6 +27,8 @@ from ..sana_core.config import TRANSFORMERS, SanaConfig
 from ..sana_core.finite import require_finite
 from ..sana_core.models.controlnet import Control
 from ..sana_core.models.sana import ContextCache, SanaTransformer
+from ..sana_core.processor import fast_dtype
+from .bfloat16 import chooses_for_cpu, computes_on_cpu
 from .contexts import CaptionIds, PreparedContexts, kept_nets
 from .hooks import Hooks
 from .perturbation import PERTURBATION, PERTURBED, Rows, predict_parts
@@ -320,7 +323,11 @@ def load_model(
             supported_dtypes=supported,
             weight_dtype=None if scaled else comfy.utils.weight_dtype(state_dict),
         )
-    cast_to = comfy.model_management.unet_manual_cast(None if scaled else dtype, load_device, supported)
+        if not scaled and chooses_for_cpu(load_device, dtype, args.fp32_unet):
+            dtype = fast_dtype(comfy.utils.calculate_parameters(state_dict), getattr(torch, config.dtype))
+    cast_to = None
+    if not (dtype == torch.bfloat16 and not scaled and computes_on_cpu(load_device)):
+        cast_to = comfy.model_management.unet_manual_cast(None if scaled else dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast_to, device=load_device)
     model = model_config.get_model(state_dict)
     patcher_type = comfy.model_patcher.ModelPatcher if disable_dynamic else comfy.model_patcher.CoreModelPatcher
