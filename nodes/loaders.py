@@ -59,8 +59,8 @@ class SanaDiffusionModelLoader(io.ComfyNode):
                     optional=True,
                     advanced=True,
                     tooltip="Number format of the weights. auto is the one that the model was trained in, on a CPU "
-                    "float32 unless bfloat16 is fast there. float16 is only for models that were trained in it; fp8 halves the memory and costs "
-                    "quality, fp8_e5m2 more than fp8_e4m3fn.",
+                    "float32 unless bfloat16 is fast there. float16 is only for models that were trained in it; fp8 "
+                    "halves the memory and costs quality, fp8_e5m2 more than fp8_e4m3fn.",
                 ),
             ],
             outputs=[io.Model.Output("model", display_name="MODEL", tooltip="For Sana Sampler, KSampler and others.")],

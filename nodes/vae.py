@@ -13,6 +13,7 @@ import torch
 from comfy.cli_args import args
 
 from ..sana_core.checkpoint import config_tensor, load_dc_ae
+from ..sana_core.kernels import best_kernels
 from ..sana_core.models.dc_ae import DCAE
 from ..sana_core.models.memory import choose_tile, decode_memory, encode_memory
 from ..sana_core.models.tiling import decode_tiled, encode_tiled
@@ -216,7 +217,8 @@ class SanaVAE(comfy.sd.VAE):
 
 def load_vae(path: str | Path, variant: str | None = None, dtype: torch.dtype | None = None) -> SanaVAE:
     """Load a DC-AE file or folder as ComfyUI's VAE; dtype None lets ComfyUI choose between bfloat16 and float32."""
-    vae = SanaVAE(load_dc_ae(path, variant=variant), dtype)
+    kernels = best_kernels(comfy.model_management.vae_device())
+    vae = SanaVAE(load_dc_ae(path, variant=variant, kernels=kernels), dtype)
     vae.patcher.cached_patcher_init = (load_vae_patcher, (path, variant, dtype))
     return vae
 
