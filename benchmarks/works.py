@@ -27,7 +27,7 @@ from sana_core import SanaPipeline
 from sana_core.config import SanaConfig
 from sana_core.models.graph import GraphedCalls
 from sana_core.models.tiling import decode_tiled, encode_tiled
-from sana_core.pipeline import prepare_noise
+from sana_core.sampling import prepare_noise
 from sana_core.text import CaptionCache
 
 GUIDANCE, PAG, STEPS, SPRINT_STEPS = 4.5, 2.0, 20, 2

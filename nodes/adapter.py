@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ import comfy.patcher_extension
 import comfy.supported_models_base
 import comfy.utils
 import torch
+from comfy.cli_args import args
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -26,8 +28,11 @@ from ..sana_core.finite import require_finite
 from ..sana_core.models.controlnet import Control
 from ..sana_core.models.graph import GraphedCalls
 from ..sana_core.models.sana import ContextCache, SanaTransformer
-from .contexts import PreparedContexts
+from ..sana_core.processor import fast_dtype
+from .bfloat16 import chooses_for_cpu, computes_on_cpu
+from .contexts import CaptionIds, PreparedContexts, kept_nets
 from .hooks import Hooks
+from .perturbation import PERTURBATION, PERTURBED, Rows, predict_parts
 
 log = logging.getLogger(__name__)
 
@@ -92,9 +97,12 @@ class ComfySana(SanaTransformer):
         # Models that divide the timestep themselves were trained on fractions.
         if transformer_options.get(FLOOR_TIMESTEPS) and self.config.timestep_scale == 1:
             timesteps = timesteps.floor()
+        perturbation = transformer_options.get(PERTURBATION)
+        if perturbation is not None:  # the transformer makes the copies by itself
+            x, timesteps = x[: -perturbation.rows], timesteps[: -perturbation.rows]
         if guidance is not None:
             guidance = torch.full((len(x),), guidance, device=x.device)
-        controls = _sana_controls(control)
+        controls = sana_controls(control)
         prepared = transformer_options.get(CONTEXT)
         if isinstance(prepared, ContextCache):
             context, attention_mask = prepared, None
@@ -102,10 +110,18 @@ class ComfySana(SanaTransformer):
             for hooks in (self.hooks, *(one.net.hooks for one in controls)):
                 patched.enter_context(hooks.using(transformer_options))
             predict = transformer_options.get(GRAPHS, super().forward)
-            return predict(x, timesteps, context, mask=attention_mask, guidance=guidance, control=controls)
+            return predict(
+                x,
+                timesteps,
+                context,
+                mask=attention_mask,
+                guidance=guidance,
+                perturbation=perturbation,
+                control=controls,
+            )
 
 
-def _sana_controls(control: dict | None) -> tuple[Control, ...]:
+def sana_controls(control: dict | None) -> tuple[Control, ...]:
     if control is not None and CONTROL not in control:
         raise ValueError(
             "The conditioning carries a ControlNet for another model, which cannot control Sana. Load one that was "
@@ -152,9 +168,26 @@ class SanaModel(comfy.model_base.BaseModel):
 
     def _apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006
         options = dict(transformer_options)
+        perturbed = options.pop(PERTURBED, None)
+        if perturbed is None:
+            return self._predict(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+        def predict(rows: Rows, options: dict) -> Tensor:
+            inputs = {name: rows.inputs(value) for name, value in kwargs.items()}
+            inputs["captions"] = rows.ids(kwargs["captions"])
+            context = rows.inputs(c_crossattn)
+            if options.get(CONTEXT) is c_crossattn:
+                options[CONTEXT] = context
+            controls = control and {CONTROL: tuple(rows.control(one) for one in sana_controls(control))}
+            return self._predict(rows.all(x), rows.all(t), rows.inputs(c_concat), context, controls, options, **inputs)
+
+        return predict_parts(perturbed, options, len(x), predict)
+
+    def _predict(self, x, t, c_concat, c_crossattn, control, options: dict, captions=(), **kwargs) -> Tensor:
         made = options.pop(CONTEXT, None)
-        if c_crossattn is not None and made is c_crossattn and self._keeps_context(options):
-            options[CONTEXT] = self._prepare_context(x.device, c_crossattn, kwargs.get("attention_mask"), options)
+        if c_crossattn is not None and made is c_crossattn and captions and self._keeps_context(options):
+            mask = kwargs.get("attention_mask")
+            options[CONTEXT] = self._prepare_context(x.device, c_crossattn, mask, captions, sana_controls(control))
             if control is None and self._keeps_weights(options):
                 options[GRAPHS] = self.graphs
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -169,7 +202,6 @@ class SanaModel(comfy.model_base.BaseModel):
             and patcher.forced_hooks is None
             and not self.model_lowvram
             and "model_function_wrapper" not in patcher.model_options
-            and options.get("uuids")
             and not comfy.patcher_extension.get_all_wrappers(kind, options)
             and not torch.is_grad_enabled()
         )
@@ -189,13 +221,16 @@ class SanaModel(comfy.model_base.BaseModel):
             and not comfy.patcher_extension.get_all_wrappers(kind, options)
         )
 
-    def _prepare_context(self, device, context: Tensor, mask: Tensor | None, options: dict) -> ContextCache:
+    def _prepare_context(
+        self, device, context: Tensor, mask: Tensor | None, captions: tuple, controls: Sequence[Control]
+    ) -> ContextCache:
         dtype = self.get_dtype_inference()
+        nets = kept_nets(controls)
         # Inference tensors cannot be met by a later step that is not in inference mode itself.
         weights = (self.current_weight_patches_uuid, self.diffusion_model.dtype, torch.is_inference_mode_enabled())
-        key = (*weights, dtype, device, context.shape)
+        key = (*weights, dtype, device, context.shape, *((net, net.current_weight_patches_uuid) for net in nets))
         return self.prepared_contexts.get(
-            options["uuids"], key, lambda: self.diffusion_model.prepare_context(context.to(device, dtype), mask)
+            captions, key, lambda: self.diffusion_model.prepare_context(context.to(device, dtype), mask, nets)
         )
 
     def process_timestep(self, timestep, **_):
@@ -228,6 +263,7 @@ class SanaModel(comfy.model_base.BaseModel):
         require_finite(context, "the text encoder")
         # Not CONDCrossAttn, which repeats the shorter of two captions: with a mask that changes the result.
         out["c_crossattn"] = comfy.conds.CONDRegular(context)
+        out["captions"] = CaptionIds()
         mask = kwargs.get("attention_mask")
         if mask is not None:
             out["attention_mask"] = comfy.conds.CONDRegular(_fitted_mask(mask, context.shape[1]))
@@ -318,7 +354,11 @@ def load_model(
             supported_dtypes=supported,
             weight_dtype=None if scaled else comfy.utils.weight_dtype(state_dict),
         )
-    cast_to = comfy.model_management.unet_manual_cast(None if scaled else dtype, load_device, supported)
+        if not scaled and chooses_for_cpu(load_device, dtype, args.fp32_unet):
+            dtype = fast_dtype(comfy.utils.calculate_parameters(state_dict), getattr(torch, config.dtype))
+    cast_to = None
+    if not (dtype == torch.bfloat16 and not scaled and computes_on_cpu(load_device)):
+        cast_to = comfy.model_management.unet_manual_cast(None if scaled else dtype, load_device, supported)
     model_config.set_inference_dtype(dtype, cast_to, device=load_device)
     model = model_config.get_model(state_dict)
     if cuda_graph is False:

@@ -10,6 +10,7 @@ import comfy.sd
 import torch
 
 from ..sana_core.checkpoint import load_text_encoder
+from ..sana_core.processor import fast_dtype
 from ..sana_core.text import TextEncoder, Tokenizer
 from .patcher import WholePatcher
 
@@ -130,9 +131,12 @@ def _encoder_dtype(path: Path, device: torch.device, dtype: torch.dtype | None) 
 
 
 def _prefers_bfloat16(path: Path, device: torch.device) -> bool:
-    """Where the hardware multiplies it; on a CPU, where float32 is faster, only if float32 would not fit."""
+    """Where the hardware multiplies it; on a CPU where float32 is faster, only if float32 would not fit."""
     if not comfy.model_management.is_device_cpu(device):
         return comfy.model_management.should_use_bf16(device)
     files = path.glob("*.safetensors") if path.is_dir() else [path]
-    as_float32 = 2 * sum(file.stat().st_size for file in files)
+    weights = sum(file.stat().st_size for file in files) // torch.bfloat16.itemsize
+    if fast_dtype(weights) == torch.bfloat16:
+        return True
+    as_float32 = weights * torch.float32.itemsize
     return as_float32 > 0.8 * comfy.model_management.get_free_memory(device)

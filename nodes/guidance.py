@@ -1,14 +1,16 @@
 """Guidance beyond the plain cfg: perturbed attention as a patch of MODEL, and an interval of noise levels."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import comfy.model_patcher
+import comfy.patcher_extension
 import comfy.samplers
 from comfy_api.latest import io
-from torch import Tensor
 
 from ..sana_core.sampler.guidance import Interval, check_interval, is_within, parse_layers, perturbed_attention_guidance
 from .adapter import SanaModel
+from .perturbation import PERTURBED, PerturbedList, attend_to_themselves
 
 
 def perturb_attention(
@@ -20,8 +22,10 @@ def perturb_attention(
 ) -> comfy.model_patcher.ModelPatcher:
     """A clone of the MODEL that adds scale * (cond - perturbed) to whatever its guidance gives.
 
-    The perturbed prediction is one of its own on the positive conditioning, so that areas, masks, batches and other
-    patches hold for it too. `layers` None takes the model's own; percents are those of the schedule, as ComfyUI's.
+    The perturbed prediction is one on the positive conditioning, so that areas, masks and batches hold for it too. It
+    is made in one call with the others, up to the first perturbed block once for both; where another patch could see
+    that, or the weights change, in a call of its own. `layers` None takes the model's own; percents are those of the
+    schedule, as ComfyUI's.
     Raises ValueError for a model that is not Sana, and for layers that it does not have.
     """
     if not isinstance(patcher.model, SanaModel):
@@ -30,34 +34,84 @@ def perturb_attention(
             "use ComfyUI's PerturbedAttentionGuidance."
         )
     layers = patcher.model.diffusion_model.config.perturbed_layers(layers)
-
-    always = start_percent <= 0 and end_percent >= 1  # what the level is need not be read from the GPU then
-
-    def acts_at(sampling, sigma: Tensor) -> bool:
-        first, last = sampling.percent_to_sigma(start_percent), sampling.percent_to_sigma(end_percent)
-        return always or last <= sigma[0].item() <= first
-
-    def add_guidance(args: dict):
-        if not acts_at(args["model"].model_sampling, args["sigma"]):
-            return args["denoised"]
-        options = args["model_options"].copy()
-        for layer in layers:
-            options = comfy.model_patcher.set_model_options_patch_replace(
-                options, _attend_to_itself, "attn1", "block", layer
-            )
-        (perturbed,) = comfy.samplers.calc_cond_batch(
-            args["model"], [args["cond"]], args["input"], args["sigma"], options
-        )
-        return perturbed_attention_guidance(args["denoised"], args["cond_denoised"], perturbed, scale)
-
     patcher = patcher.clone()
     if scale != 0:
-        patcher.set_model_sampler_post_cfg_function(add_guidance)
+        guidance = PerturbedGuidance(scale, tuple(layers), start_percent, end_percent)
+        patcher.add_wrapper(comfy.patcher_extension.WrappersMP.CALC_COND_BATCH, guidance.predict)
+        patcher.set_model_sampler_post_cfg_function(guidance.add)
     return patcher
 
 
-def _attend_to_itself(q, k, v, extra_options):
-    return v
+@dataclass(frozen=True)
+class PerturbedGuidance:
+    """One node's guidance: asks for the perturbed prediction together with the others, and adds what it says."""
+
+    scale: float
+    layers: tuple[int, ...]
+    start_percent: float
+    end_percent: float
+
+    def predict(self, executor, model, conds, x, timestep, model_options):
+        """Core's predictions for lists of conditionings. The perturbed one, made with them, waits in the options."""
+        if not (len(conds) == 2 and self._counts(model, timestep) and _can_share(model, conds, model_options)):
+            return executor(model, conds, x, timestep, model_options)
+        options = {**model_options["transformer_options"], PERTURBED: PerturbedList(len(conds), self.layers)}
+        *predictions, perturbed = executor(
+            model, [*conds, conds[0]], x, timestep, {**model_options, "transformer_options": options}
+        )
+        model_options[_AHEAD] = (self, conds[0], x, timestep, perturbed)  # the options of one sampling run
+        return predictions
+
+    def add(self, args: dict):
+        """Core's hook behind the guidance."""
+        perturbed = self._predicted(args)
+        if perturbed is None:
+            if not self._counts(args["model"], args["sigma"]):
+                return args["denoised"]
+            options = attend_to_themselves(args["model_options"], self.layers)
+            (perturbed,) = comfy.samplers.calc_cond_batch(
+                args["model"], [args["cond"]], args["input"], args["sigma"], options
+            )
+        return perturbed_attention_guidance(args["denoised"], args["cond_denoised"], perturbed, self.scale)
+
+    def _predicted(self, args: dict):
+        """The prediction that was made ahead, if it is for what is asked now, not only for something equal."""
+        ahead = args["model_options"].get(_AHEAD)
+        asked = self, args["cond"], args["input"], args["sigma"]
+        if ahead is None or any(one is not other for one, other in zip(ahead, asked, strict=False)):
+            return None
+        return args["model_options"].pop(_AHEAD)[-1]
+
+    def _counts(self, model, sigma) -> bool:
+        if (self.start_percent, self.end_percent) == (0, 1):
+            return True  # without a look at the number, for which a GPU would have to finish
+        first, last = (model.model_sampling.percent_to_sigma(end) for end in (self.start_percent, self.end_percent))
+        return last <= float(sigma[0]) <= first
+
+
+_AHEAD = "sana_perturbed_ahead"
+
+
+def _can_share(model, conds: list, model_options: dict) -> bool:
+    """Whether nothing but the model will see the batch, whose order and length it changes on the way."""
+    patcher, options = model.current_patcher, model_options.get("transformer_options", {})
+    kinds = comfy.patcher_extension.WrappersMP
+    wrappers = [
+        one
+        for kind in (kinds.CALC_COND_BATCH, kinds.APPLY_MODEL, kinds.DIFFUSION_MODEL)
+        for one in comfy.patcher_extension.get_all_wrappers(kind, options)
+    ]
+    takers = ("context_handler", "multigpu_clones", "model_function_wrapper", "sampler_calc_cond_batch_function")
+    ids = [cond["uuid"] for cond in conds[0] or ()]
+    return bool(
+        len(set(ids)) == len(ids) > 0
+        and not any("hooks" in cond or "default" in cond for some in conds for cond in some or ())
+        and patcher.current_hooks is None
+        and patcher.forced_hooks is None
+        and not any(name in model_options for name in takers)
+        and not any(options.get(name) for name in ("patches", "patches_replace", "optimized_attention_override"))
+        and all(isinstance(getattr(one, "__self__", None), PerturbedGuidance) for one in wrappers)
+    )
 
 
 class IntervalGuider(comfy.samplers.CFGGuider):

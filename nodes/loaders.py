@@ -59,9 +59,9 @@ class SanaDiffusionModelLoader(io.ComfyNode):
                     default=AUTO,
                     optional=True,
                     advanced=True,
-                    tooltip="Number format of the weights. auto is the one that the model was trained in, float32 on "
-                    "a CPU. float16 is only for models that were trained in it; fp8 halves the memory and costs "
-                    "quality, fp8_e5m2 more than fp8_e4m3fn.",
+                    tooltip="Number format of the weights. auto is the one that the model was trained in, on a CPU "
+                    "float32 unless bfloat16 is fast there. float16 is only for models that were trained in it; fp8 "
+                    "halves the memory and costs quality, fp8_e5m2 more than fp8_e4m3fn.",
                 ),
                 io.Combo.Input(
                     "cuda_graph",

@@ -10,11 +10,15 @@ import comfy.model_management
 import comfy.sd
 import comfy.utils
 import torch
+from comfy.cli_args import args
 
 from ..sana_core.checkpoint import config_tensor, load_dc_ae
+from ..sana_core.kernels import best_kernels
 from ..sana_core.models.dc_ae import DCAE
 from ..sana_core.models.memory import choose_tile, decode_memory, encode_memory
 from ..sana_core.models.tiling import decode_tiled, encode_tiled
+from ..sana_core.processor import count_weights, fast_dtype
+from .bfloat16 import chooses_for_cpu
 from .patcher import WholePatcher
 
 log = logging.getLogger(__name__)
@@ -44,7 +48,7 @@ class SanaVAE(comfy.sd.VAE):
         )
         self.device = comfy.model_management.vae_device()
         self.output_device = comfy.model_management.intermediate_device()
-        self.vae_dtype = _autoencoder_dtype(self.device, dtype)
+        self.vae_dtype = _autoencoder_dtype(self.device, dtype, count_weights(model))
         self.first_stage_model = model.eval().requires_grad_(False).to(self.vae_dtype)
         comfy.model_management.archive_model_dtypes(self.first_stage_model)
         self.patcher = WholePatcher(
@@ -213,7 +217,8 @@ class SanaVAE(comfy.sd.VAE):
 
 def load_vae(path: str | Path, variant: str | None = None, dtype: torch.dtype | None = None) -> SanaVAE:
     """Load a DC-AE file or folder as ComfyUI's VAE; dtype None lets ComfyUI choose between bfloat16 and float32."""
-    vae = SanaVAE(load_dc_ae(path, variant=variant), dtype)
+    kernels = best_kernels(comfy.model_management.vae_device())
+    vae = SanaVAE(load_dc_ae(path, variant=variant, kernels=kernels), dtype)
     vae.patcher.cached_patcher_init = (load_vae_patcher, (path, variant, dtype))
     return vae
 
@@ -223,9 +228,11 @@ def load_vae_patcher(path, variant=None, dtype=None, disable_dynamic=False):
     return load_vae(path, variant, dtype).patcher
 
 
-def _autoencoder_dtype(device: torch.device, dtype: torch.dtype | None) -> torch.dtype:
+def _autoencoder_dtype(device: torch.device, dtype: torch.dtype | None, weights: int) -> torch.dtype:
     """The dtype asked for, else ComfyUI's choice; never float16."""
     chosen = dtype or comfy.model_management.vae_dtype(device, list(_WORKING_DTYPES))
+    if dtype is None and chooses_for_cpu(device, chosen, args.fp32_vae):
+        return fast_dtype(weights)
     if chosen in _WORKING_DTYPES:
         return chosen
     safe = torch.bfloat16 if comfy.model_management.should_use_bf16(device) else torch.float32

@@ -8,6 +8,7 @@ import torch
 
 from .commands import convert, download, evaluate, generate, grid, train
 from .commands.options import CommandParser
+from .processor import limit_threads
 
 COMMANDS = {
     "generate": generate,
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status. What a user can put right is one line on stderr, without traceback."""
     args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    limit_threads()
     try:
         args.run(args)
     except (ValueError, OSError, ImportError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:

@@ -18,6 +18,7 @@ from .models.controlnet import Control, SanaControlNet
 from .models.graph import GraphedCalls
 from .models.lora import apply_lora
 from .pictures import to_pictures
+from .processor import count_weights, early_dtype, fast_dtype
 from .resolution import check_size
 from .sampler import scm
 from .sampler.flow import SAMPLERS
@@ -27,11 +28,6 @@ from .sampling import FlowSampling, SprintSampling, draw_noise
 from .source import Pictures, Source, encode_pictures, prepare_source
 
 logger = logging.getLogger(__name__)
-
-
-def prepare_noise(shape: Sequence[int], seed: int) -> Tensor:
-    """float32 noise drawn on the CPU, the same on every machine and the same as ComfyUI's samplers draw."""
-    return draw_noise(shape, torch.Generator().manual_seed(seed))
 
 
 class SanaPipeline:
@@ -79,16 +75,19 @@ class SanaPipeline:
 
         variant: name of the transformer's preset, where the file alone cannot tell.
         device: None takes the GPU if there is one.
-        dtype: of the weights; None takes what the transformer was trained in and the other files' own, or float32 on a
-            CPU, where narrower types are slower. Autoencoder and text encoder overflow in float16 and get a wider type.
+        dtype: of the weights; None takes what the transformer was trained in and the other files' own; on a CPU float32
+            for all, or bfloat16 if the transformer is large and was trained in it and the CPU has AMX.
+            Autoencoder and text encoder overflow in float16 and get a wider type.
         Raises FileNotFoundError for what is missing, CheckpointError for a wrong file.
         """
         _require_paths(transformer=transformer, vae=vae, text_encoder=text_encoder)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if dtype is None and device.type == "cpu":
-            dtype = torch.float32
+        dtype = early_dtype(device, dtype)
+        network = _load_transformer(transformer, variant, device, dtype)
+        if device.type == "cpu":
+            dtype = dtype or network.dtype
         return cls(
-            _load_transformer(transformer, variant, device, dtype),
+            network,
             load_dc_ae(vae, device=device, dtype=dtype),
             load_text_encoder(text_encoder, device=device, dtype=dtype),
             shift=shift,
@@ -394,4 +393,6 @@ def _load_transformer(path: str | Path, variant: str | None, device: torch.devic
         return load_transformer(path, variant=variant, device=device, dtype=dtype)
     # Official files are wider than what they were trained in: they are narrowed before they take memory of a GPU.
     transformer = load_transformer(path, variant=variant, kernels=best_kernels(device))
-    return transformer.to(device, getattr(torch, transformer.config.dtype))
+    trained = getattr(torch, transformer.config.dtype)
+    on_cpu = fast_dtype(count_weights(transformer), trained)
+    return transformer.to(device, on_cpu if device.type == "cpu" else trained)

@@ -125,6 +125,11 @@ def draw_noise(shape: tuple[int, ...], generator: torch.Generator | None) -> Ten
     return torch.randn(tuple(shape), generator=generator, device="cpu" if generator is None else generator.device)
 
 
+def prepare_noise(shape: Sequence[int], seed: int) -> Tensor:
+    """float32 noise drawn on the CPU, the same on every machine and the same as ComfyUI's samplers draw."""
+    return draw_noise(shape, torch.Generator().manual_seed(seed))
+
+
 def velocity(
     sampling: FlowSampling | SprintSampling,
     captions: Captions,
@@ -137,7 +142,8 @@ def velocity(
     Fewer rows than captions are the last ones. Hints, one for all or one a picture, are repeated for all rows.
     """
     transformer = sampling.transformer
-    context = transformer.prepare_context(captions.embeds.to(transformer.dtype), captions.mask)
+    nets = {one.net for one in control if one.strength}
+    context = transformer.prepare_context(captions.embeds.to(transformer.dtype), captions.mask, nets)
 
     @cache  # one object for all steps: graphs then need not copy its values at each
     def of_rows(count: int) -> ContextCache:

@@ -26,8 +26,8 @@ FROM_COMFYUI = {"torch", "torchvision", "torchaudio", "numpy"}  # the build that
 LOWEST = {"config", "kernels"}
 MIDDLE = LOWEST | {"models"}
 UPPER = MIDDLE | {
-    "autoencoder", "captions", "checkpoint", "finite", "hub", "pictures", "published", "resolution", "sampler",
-    "sampling", "source", "styles", "text",
+    "autoencoder", "captions", "checkpoint", "finite", "hub", "pictures", "processor", "published", "resolution",
+    "sampler", "sampling", "source", "styles", "text",
 }  # fmt: skip
 MAY_IMPORT = {
     "autoencoder": {"finite", "models"},
@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "finite": set(),
     "hub": {"published"},
     "pictures": set(),
+    "processor": set(),
     "prompts": {"resolution"},
     "published": {"config"},
     "resolution": set(),
@@ -54,7 +55,7 @@ MAY_IMPORT = {
     "evaluation": {"pictures"},  # a pipeline to draw with is handed over
     "__init__": {"pipeline"},
     "commands": UPPER | {"evaluation", "grid", "pipeline", "prompts", "training"},
-    "__main__": {"commands"},
+    "__main__": {"commands", "processor"},
 }
 CORE = sorted((ROOT / "sana_core").rglob("*.py"))
 PACK = [ROOT / "__init__.py", *sorted((ROOT / "nodes").rglob("*.py")), *CORE]

@@ -10,9 +10,9 @@ from sana_core import SanaPipeline
 from sana_core.__main__ import main
 from sana_core.checkpoint import load_controlnet, read_state_dict, save_controlnet, save_transformer
 from sana_core.models.controlnet import Control
-from sana_core.models.sana import Perturbation
+from sana_core.models.sana import ContextCache, Perturbation
 from sana_core.pictures import METADATA_KEY, to_pixels
-from sana_core.pipeline import prepare_noise
+from sana_core.sampling import prepare_noise
 from tests import tiny, twin
 
 PROMPTS = ["a red cat", "two green birds sleep under a warm yellow sun"]
@@ -216,3 +216,16 @@ def test_convert_writes_the_branch_alone(tmp_path, capsys):
     assert load_controlnet(output).config == net.config
     assert main([*words, "diffusers"]) == 1
     assert 'layout "official"' in capsys.readouterr().err
+
+
+def test_captions_are_prepared_for_the_branch_once(pipe, lines, monkeypatch):
+    """For all steps, captions of both sides and perturbed rows; the picture is that of preparing at each step."""
+    prepared, make = [], pipe.controlnet.prepare_context
+    monkeypatch.setattr(pipe.controlnet, "prepare_context", lambda context: prepared.append(1) or make(context))
+    options = {"control_image": lines, "num_inference_steps": 3, "output_type": "latent", "seed": 7}
+    options |= {"pag_guidance_scale": 2.0, "pag_applied_layers": 0}
+    once = pipe(PROMPTS[0], **options)
+    assert prepared == [1]
+    monkeypatch.setattr(ContextCache, "of_branch", lambda cache, net: net.prepare_context(cache.features))
+    assert torch.equal(pipe(PROMPTS[0], **options), once)
+    assert len(prepared) > 2

@@ -9,9 +9,9 @@ from PIL import Image
 from sana_core import SanaPipeline
 from sana_core.autoencoder import encode_pixels
 from sana_core.pictures import to_pixels
-from sana_core.pipeline import prepare_noise
 from sana_core.sampler.flow import SAMPLERS
 from sana_core.sampler.schedule import get_sigmas_flow
+from sana_core.sampling import prepare_noise
 from tests import tiny
 
 PROMPT = "a red cat"

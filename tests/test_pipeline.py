@@ -7,8 +7,8 @@ from PIL import Image
 from sana_core import SanaPipeline
 from sana_core.finite import require_finite
 from sana_core.pictures import to_pictures
-from sana_core.pipeline import prepare_noise
 from sana_core.sampler.schedule import get_sigmas_flow
+from sana_core.sampling import prepare_noise
 from tests import tiny
 
 SHORT, LONG = "a red cat", "two green birds sleep under a warm yellow sun, 红色背景左边的熊猫 🐼"

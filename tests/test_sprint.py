@@ -11,8 +11,8 @@ from PIL import Image
 from sana_core import SanaPipeline
 from sana_core.checkpoint import save_dc_ae, save_text_encoder, save_transformer
 from sana_core.pictures import to_pixels
-from sana_core.pipeline import prepare_noise
 from sana_core.sampler.scm import get_sigmas_scm
+from sana_core.sampling import prepare_noise
 from tests import tiny, twin
 
 SHORT, LONG = "a red cat", "two green birds sleep under a warm yellow sun, 红色背景左边的熊猫 🐼"

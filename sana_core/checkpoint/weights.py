@@ -154,6 +154,7 @@ def load_dc_ae(
     variant: str | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    kernels: Kernels | None = None,
 ) -> DCAE:
     """Load a DC-AE, in eval mode. Arguments and errors as for `load_transformer`.
 
@@ -162,7 +163,8 @@ def load_dc_ae(
     dtype = dtype and wide_dtype(dtype, torch.float32, "DC-AE", path)
     config, state_dict = read_dc_ae(path, variant=variant, dtype=dtype)
     dtype = dtype or wide_dtype(main_dtype(state_dict), torch.float32, "DC-AE", path)
-    return fill_model(DCAE(config, device="meta", dtype=dtype), state_dict, path, device, dtype)
+    model = DCAE(config, device="meta", dtype=dtype, kernels=kernels or best_kernels(device))
+    return fill_model(model, state_dict, path, device, dtype)
 
 
 def wide_dtype(dtype: torch.dtype, instead: torch.dtype, noun: str, path: str | Path) -> torch.dtype:

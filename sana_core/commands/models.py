@@ -28,7 +28,11 @@ def add_model_options(parser: argparse.ArgumentParser, *, dtype: bool = True) ->
     add("--variant", help="name of the preset, where the transformer's file alone cannot tell")
     add("--device", type=_device, help="cuda, cpu ...; the default is a GPU if there is one")
     if dtype:
-        add("--dtype", choices=list(DTYPES), help="of the weights; the default is the files', float32 on a CPU")
+        add(
+            "--dtype",
+            choices=list(DTYPES),
+            help="of the weights; the default is the files', on a CPU mostly float32",
+        )
 
 
 def model_files(args: argparse.Namespace) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""The functions that a Sana transformer computes with, apart from its weights: one object, handed to the model."""
+"""The functions that transformer and autoencoder compute with, apart from weights: one object, handed to the model."""
 
 import importlib.util
 import logging
@@ -25,6 +25,7 @@ class Kernels:
     modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_depthwise: Callable[[Tensor, Tensor, Tensor], Tensor]
+    rms_norm: Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 
 REFERENCE = Kernels(
@@ -33,6 +34,7 @@ REFERENCE = Kernels(
     modulate=reference.modulate,
     gated_residual=reference.gated_residual,
     gated_depthwise=reference.gated_depthwise,
+    rms_norm=reference.rms_norm,
 )
 
 

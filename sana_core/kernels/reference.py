@@ -78,6 +78,20 @@ def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     return torch.addcmul(x, gate, branch)
 
 
+def rms_norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, eps: float) -> Tensor:
+    """Root-mean-square norm over the channels, with weight and bias [C], plus a residual: DC-AE's norm.
+
+    Args:
+        x, residual: [..., C].
+        eps: added to the mean square.
+    """
+    out = F.rms_norm(x, weight.shape, weight, eps)
+    for term in (bias, residual):
+        if term is not None:
+            out = out + term if out.requires_grad else out.add_(term)
+    return out
+
+
 def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU, a depthwise 3x3 convolution with zeros around the picture, and the gated linear unit of the result.
 

@@ -15,6 +15,8 @@ from ..config import SanaConfig
 from ..kernels import REFERENCE, Kernels
 from .layers import SanaBlock
 
+KeysValues = tuple[tuple[Tensor, Tensor], ...]  # of the cross-attention of each block, [B, L, H, D] each
+
 
 class ControlBlock(nn.Module):
     """A copy of one block of the transformer, and the projection of its result to what is added."""
@@ -63,15 +65,26 @@ class SanaControlNet(nn.Module):
                 "model: 1152 is 0.6B, 2240 is 1.6B."
             )
 
+    def prepare_context(self, context: Tensor) -> KeysValues:
+        """What all steps of a prompt share, of its embedded caption [B, L, C]."""
+        return tuple(block.copied_block.cross_attn.keys_values(context) for block in self.controlnet)
+
     def forward(
-        self, x: Tensor, hint: Tensor, context: Tensor, mask: Tensor | None, t0: Tensor, height: int, width: int
+        self,
+        x: Tensor,
+        hint: Tensor,
+        keys_values: KeysValues,
+        mask: Tensor | None,
+        t0: Tensor,
+        height: int,
+        width: int,
     ) -> Iterator[Tensor]:
         """Runs the branch, one block at a time, so that one residual is in memory.
 
         Args:
             x: [B, N, C] tokens behind the transformer's first block.
             hint: [B or 1, N, C] tokens of the control picture, from the transformer's embedder.
-            context: [B, L, C] embedded caption; mask: [B, L] bool, or None.
+            keys_values: of `prepare_context`; mask: [B, L] bool, or None.
             t0: [B, 6C], from the timestep.
             height, width: of the latent; N = height * width.
 
@@ -79,9 +92,8 @@ class SanaControlNet(nn.Module):
             The residuals [B, N, C], in front of the transformer's second block first.
         """
         x = x + self.controlnet[0].before_proj(hint)
-        for block in self.controlnet:
-            keys_values = block.copied_block.cross_attn.keys_values(context)
-            x = block.copied_block(x, keys_values, mask, t0, height, width)
+        for block, prepared in zip(self.controlnet, keys_values, strict=True):
+            x = block.copied_block(x, prepared, mask, t0, height, width)
             yield block.after_proj(x)
 
 
@@ -103,7 +115,13 @@ class Control:
             )
 
     def residuals(
-        self, embed: Callable[[Tensor], Tensor], x: Tensor, context: Tensor, mask: Tensor | None, t0: Tensor, *size: int
+        self,
+        embed: Callable[[Tensor], Tensor],
+        x: Tensor,
+        keys_values: KeysValues,
+        mask: Tensor | None,
+        t0: Tensor,
+        *size: int,
     ) -> Iterator[Tensor]:
         """What to add in front of each of the transformer's blocks from the second on.
 
@@ -112,7 +130,7 @@ class Control:
         hint = embed(self.hint.to(x))
         if len(hint) > 1:
             hint = repeat_last(hint, len(x))
-        for residual in self.net(x, hint, context, mask, t0, *size):
+        for residual in self.net(x, hint, keys_values, mask, t0, *size):
             yield self.strength * residual
 
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import REFERENCE
+
 
 class RMSNorm2d(nn.Module):
     """Root-mean-square norm over the channels of [B, C, h, w], with weight and bias."""
@@ -16,6 +18,7 @@ class RMSNorm2d(nn.Module):
     def __init__(self, channels: int, eps: float = 1e-5, **factory):
         super().__init__()
         self.eps = eps
+        self.kernels = REFERENCE
         self.weight = nn.Parameter(torch.ones(channels, **factory))
         self.bias = nn.Parameter(torch.zeros(channels, **factory))
 
@@ -26,13 +29,10 @@ class RMSNorm2d(nn.Module):
         """
         x = x.movedim(1, -1)
         tracked = torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad)
-        if tracked:
-            x = F.rms_norm(x, self.weight.shape, self.weight, self.eps) + self.bias
-        elif x.is_cuda:
-            x = F.rms_norm(x, self.weight.shape, self.weight, self.eps).add_(self.bias)
-        else:
-            x = self._step_by_step(x, overwrite)
-        return plus(x.movedim(-1, 1), residual)
+        if not (tracked or x.is_cuda):
+            return plus(self._step_by_step(x, overwrite).movedim(-1, 1), residual)
+        residual = None if residual is None else residual.movedim(1, -1)
+        return self.kernels.rms_norm(x, self.weight, self.bias, residual, self.eps).movedim(-1, 1)
 
     def _step_by_step(self, x: Tensor, overwrite: bool) -> Tensor:
         """The norm of x [B, h, w, C], for which PyTorch makes a map of each operation's result outside CUDA."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import DCAEConfig
+from ..kernels import REFERENCE, Kernels
 from ..kernels.reference import gated_linear_unit, linear_attention
 from .convolution import ConvLayer, RMSNorm2d, SiLU, plus
 from .resampling import (
@@ -251,12 +252,20 @@ class DCAE(nn.Module):
     """The autoencoder. Latents are as the encoder makes them; `config.scaling_factor` brings them to unit deviation."""
 
     def __init__(
-        self, config: DCAEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        config: DCAEConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        kernels: Kernels = REFERENCE,
     ):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config, device=device, dtype=dtype)
         self.decoder = Decoder(config, device=device, dtype=dtype)
+        for module in self.modules():
+            if isinstance(module, RMSNorm2d):
+                module.kernels = kernels
 
     @property
     def dtype(self) -> torch.dtype:

@@ -3,8 +3,8 @@
 Attribute names are the keys of the published checkpoints (NVlabs/Sana `sana_multi_scale.py`).
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import SanaConfig
 from ..kernels import REFERENCE, Kernels
-from .controlnet import Control, repeat_last
+from .controlnet import Control, KeysValues, SanaControlNet, repeat_last
 from .layers import CaptionEmbedder, FinalLayer, PatchEmbed, SanaBlock, TimestepEmbedder, position_embedding
 
 GUIDANCE_SCALE = 0.1  # Sprint embeds a tenth of the guidance scale
@@ -20,17 +20,29 @@ GUIDANCE_SCALE = 0.1  # Sprint embeds a tenth of the guidance scale
 
 @dataclass(frozen=True)
 class ContextCache:
-    """What all steps of a prompt share: each block's cross-attention keys and values, without the padding."""
+    """What all steps of a prompt share: each block's cross-attention keys and values, without the padding.
+
+    Those of ControlNets count for the weights that they were prepared with.
+    """
 
     features: Tensor  # [B, L, C], the embedded captions
-    keys_values: tuple[tuple[Tensor, Tensor], ...]  # per block, [B, L, H, D] each
+    keys_values: KeysValues
     mask: Tensor | None  # [B, L] bool; None where every caption is L long
+    branches: dict[SanaControlNet, KeysValues] = field(default_factory=dict)  # of the ControlNets prepared for
 
     def rows(self, index: slice | Tensor) -> "ContextCache":
         """The captions of some rows, in the order of the index."""
-        keys_values = tuple((k[index], v[index]) for k, v in self.keys_values)
+
+        def cut(keys_values: KeysValues) -> KeysValues:
+            return tuple((k[index], v[index]) for k, v in keys_values)
+
         mask = None if self.mask is None else self.mask[index]
-        return ContextCache(self.features[index], keys_values, mask)
+        branches = {net: cut(keys_values) for net, keys_values in self.branches.items()}
+        return ContextCache(self.features[index], cut(self.keys_values), mask, branches)
+
+    def of_branch(self, net: SanaControlNet) -> KeysValues:
+        """A ControlNet's keys and values: those prepared, or made now."""
+        return self.branches[net] if net in self.branches else net.prepare_context(self.features)
 
 
 @dataclass(frozen=True)
@@ -89,20 +101,25 @@ class SanaTransformer(nn.Module):
         """Dtype of the weights."""
         return self.final_layer.scale_shift_table.dtype
 
-    def prepare_context(self, context: Tensor, mask: Tensor | None = None) -> ContextCache:
+    def prepare_context(
+        self, context: Tensor, mask: Tensor | None = None, nets: Collection[SanaControlNet] = ()
+    ) -> ContextCache:
         """Computes what all steps of a prompt share.
 
         Args:
             context: raw text features [B, L, caption_channels].
             mask: [B, L], bool or 0/1, 1 = attend; None attends to all.
+            nets: ControlNets to prepare for as well.
 
         Raises:
-            ValueError: a caption has no token to attend to.
+            ValueError: a caption has no token to attend to, or a ControlNet is for another model.
         """
+        for net in nets:
+            net.check_model(self.config)
         context, mask = drop_padding(context, mask)
         context = self.attention_y_norm(self.y_embedder(context))
         keys_values = tuple(block.cross_attn.keys_values(context) for block in self.blocks)
-        return ContextCache(context, keys_values, mask)
+        return ContextCache(context, keys_values, mask, {net: net.prepare_context(context) for net in nets})
 
     def embed_timestep(self, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Embedding [B, C] of the timestep [B], and of the guidance scale [B] where the model takes one.
@@ -165,7 +182,7 @@ class SanaTransformer(nn.Module):
         for index, block in enumerate(self.blocks):
             if control and index == 1:
                 branches = [
-                    one.residuals(self.x_embedder, tokens, context.features, context.mask, t0, height, width)
+                    one.residuals(self.x_embedder, tokens, context.of_branch(one.net), context.mask, t0, height, width)
                     for one in control
                 ]
             if layers and index == min(layers):

@@ -75,4 +75,5 @@ EXACT = {  # the other specifications keep float64
     "modulate": reference.modulate,
     "gated_residual": reference.gated_residual,
     "gated_depthwise": reference.gated_depthwise,
+    "rms_norm": reference.rms_norm,
 }

@@ -25,6 +25,8 @@ KERNELS = [
     ("gated_depthwise", "_glu_kernel", {**PICTURE, "GRADIENT": False}),
     ("gated_depthwise", "_glu_kernel", {**PICTURE, "GRADIENT": True}),
     ("gated_depthwise", "_input_gradient_kernel", PICTURE),
+    ("rms_norm", "_rms_norm_kernel", {"RESIDUAL": True, "ROWS": 32, "WIDTH": 128}),
+    ("rms_norm", "_gradient_kernel", {"ROWS": 4, "WIDTH": 1024, "STEPS": 4}),
 ]
 PARTIAL = (
     "states_ptr",

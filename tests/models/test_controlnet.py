@@ -61,7 +61,7 @@ def test_residuals_agree_with_diffusers_class(name):
         cache = model.prepare_context(context, mask)
         t0 = model.t_block(model.embed_timestep(timestep, None, torch.float32))
         tokens = (model.x_embedder(latent) for latent in (x, hint))
-        ours = list(net(*tokens, cache.features, cache.mask, t0, 4, 6))
+        ours = list(net(*tokens, net.prepare_context(cache.features), cache.mask, t0, 4, 6))
     assert len(ours) == len(expected) == 3
     assert max(relative(one, other) for one, other in zip(ours, expected, strict=True)) < 2e-6
 
@@ -103,7 +103,8 @@ def test_full_size_agrees_with_diffusers():
         expected = theirs(x, context, timestep, hint, encoder_attention_mask=mask, return_dict=False)[0]
         cache = model.prepare_context(context, mask)
         t0 = model.t_block(model.embed_timestep(timestep, None, torch.float32))
-        ours = net(model.x_embedder(x), model.x_embedder(hint), cache.features, cache.mask, t0, 16, 16)
+        keys_values = net.prepare_context(cache.features)
+        ours = net(model.x_embedder(x), model.x_embedder(hint), keys_values, cache.mask, t0, 16, 16)
         assert max(relative(one, other) for one, other in zip(ours, expected, strict=True)) < 2e-6
 
 

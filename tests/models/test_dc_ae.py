@@ -8,7 +8,10 @@ from diffusers import AutoencoderDC
 
 from sana_core.checkpoint import save_dc_ae
 from sana_core.config import AUTOENCODERS
+from sana_core.kernels import REFERENCE
+from sana_core.models.convolution import RMSNorm2d
 from sana_core.models.dc_ae import DCAE
+from tests import tiny
 
 PUBLISHED = [name for name in AUTOENCODERS if name != "dc-ae-nano"]
 
@@ -78,3 +81,22 @@ def test_batch_equals_one_by_one():
     with torch.no_grad():
         together, first = model.decode(latents), model.decode(latents[:1])
     assert_close(together[:1], first, 1e-6)
+
+
+def test_every_norm_computes_with_the_kernels_that_are_given():
+    """And takes its residual along, where gradients are wanted; the result is that of the plain path."""
+    seen = []
+
+    def rms_norm(x, weight, bias, residual, eps):
+        seen.append(residual is not None)
+        return REFERENCE.rms_norm(x, weight, bias, residual, eps)
+
+    plain, model = tiny.dc_ae(), DCAE(tiny.DC_AE, kernels=replace(REFERENCE, rms_norm=rms_norm))
+    model.load_state_dict(plain.state_dict())
+    latent = torch.randn(1, 32, 2, 3, generator=torch.Generator().manual_seed(2))
+    out = model.decode(latent)
+    norms = [module for module in model.decoder.modules() if isinstance(module, RMSNorm2d)]
+    assert len(seen) == len(norms) > 3 and any(seen) and not all(seen)
+    with torch.no_grad():
+        expected = plain.decode(latent)
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -118,6 +118,107 @@ def test_a_wrapper_around_the_model_may_change_the_features(patcher, prepared, s
     assert prepared.call_count == 1 + STEPS
 
 
+def test_an_area_does_not_lend_its_caption_to_the_opposite_side(part, patcher, comfy, monkeypatch):
+    """Core copies the positive conditioning, id and all, to give the negative caption the same area."""
+    import comfy.sample
+
+    (embeds, options), *_ = conditioning(1)
+    positive = [[embeds, {**options, "area": (3, 2, 0, 0), "strength": 1.0}]]
+    noise = torch.randn(1, 32, 3, 5, generator=torch.Generator().manual_seed(0))
+
+    def run():
+        return comfy.sample.sample(
+            patcher, noise, STEPS, 4.5, "euler", "normal", positive, conditioning(2),
+            torch.zeros_like(noise), disable_pbar=True, seed=0,
+        )  # fmt: skip
+
+    # One conditioning at a time, as where memory is short.
+    monkeypatch.setattr(patcher.model, "memory_required", lambda shape, **_: 0 if shape[0] == 1 else float("inf"))
+    assert torch.equal(run(), plain(part, run))
+
+
+@pytest.fixture
+def control(part, tiny_models):
+    return part("nodes.control").load_control(tiny_models / "controlnet" / "tiny.safetensors")
+
+
+@pytest.fixture
+def controlled(part, tiny_models, comfy):
+    """A run with a control over a part of the schedule, and one of the same weights over all of it."""
+    import comfy.sample
+
+    import nodes
+
+    vae = part("nodes.vae").load_vae(tiny_models / "vae" / "tiny.safetensors")
+    picture = torch.rand(1, 96, 160, 3, generator=torch.Generator().manual_seed(4))
+    noise = torch.randn(1, 32, 3, 5, generator=torch.Generator().manual_seed(0))
+
+    def run(patcher, control, positive=1, end=1.0, chained=False):
+        sides = conditioning(positive), conditioning(2)
+        for one in [picture, picture.flip(1)][: 1 + chained]:
+            sides = nodes.ControlNetApplyAdvanced().apply_controlnet(*sides, control, one, 0.8, 0.0, end, vae)
+        return comfy.sample.sample(
+            patcher, noise, STEPS, 4.5, "euler", "normal", *sides, torch.zeros_like(noise), disable_pbar=True, seed=0
+        )
+
+    return run
+
+
+@pytest.fixture
+def branched(control):
+    """Counts how often captions are prepared for the ControlNet."""
+    net = control.patcher.model
+    with patch.object(net, "prepare_context", wraps=net.prepare_context) as counted:
+        yield counted
+
+
+def unprepared(part, run, *args, **kwargs):
+    """The same run with captions prepared for the ControlNet at each step."""
+    with patch.object(part("nodes.adapter"), "kept_nets", lambda _: ()):
+        return run(*args, **kwargs)
+
+
+@pytest.mark.parametrize("chained", [False, True])
+def test_a_controlnet_prepares_captions_once(part, patcher, control, controlled, branched, chained):
+    once = controlled(patcher, control, chained=chained)
+    assert branched.call_count == 1
+    assert torch.equal(once, unprepared(part, controlled, patcher, control, chained=chained))
+    assert branched.call_count == 1 + STEPS * (1 + chained)
+    gc.collect()
+    assert len(patcher.model.prepared_contexts._batches) == 0
+
+
+def test_a_controlnet_that_ends_early(part, patcher, control, controlled):
+    early = controlled(patcher, control, end=0.4)
+    assert torch.equal(early, unprepared(part, controlled, patcher, control, end=0.4))
+    assert not torch.equal(early, controlled(patcher, control))
+
+
+@pytest.mark.parametrize("change", ["prompt", "weights"])
+def test_a_change_between_controlled_runs_counts(part, patcher, control, controlled, change):
+    before = controlled(patcher, control)
+    changed, positive = control, 3 if change == "prompt" else 1
+    if change == "weights":
+        changed = control.copy()
+        changed.patcher = control.patcher.clone()
+        name = "controlnet.0.copied_block.cross_attn.kv_linear.weight"
+        weight = control.patcher.model.state_dict()[name]
+        changed.patcher.add_patches({name: (torch.ones_like(weight),)}, 0.1)
+    after = controlled(patcher, changed, positive)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, unprepared(part, controlled, patcher, changed, positive))
+    assert torch.equal(controlled(patcher, control), before)
+
+
+def test_a_controlnet_short_of_memory_is_prepared_at_each_step(part, control):
+    make, kept_nets = part("sana_core.models.controlnet").Control, part("nodes.contexts").kept_nets
+    net, hint = control.patcher.model, torch.zeros(1)
+    assert kept_nets([make(net, hint), make(net, hint), make(net, hint, 0.0)]) == (net,)
+    assert kept_nets([make(net, hint, 0.0)]) == ()
+    net.model_lowvram = True
+    assert kept_nets([make(net, hint)]) == ()
+
+
 def test_contexts_are_told_apart_and_limited(part):
     contexts = part("nodes.contexts").PreparedContexts()
     ids = [uuid.uuid4(), uuid.uuid4()]

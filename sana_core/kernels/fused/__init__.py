@@ -13,6 +13,7 @@ from .gated_depthwise import gated_depthwise
 from .gated_residual import gated_residual
 from .linear_attention import linear_attention
 from .modulate import modulate
+from .rms_norm import rms_norm
 
 FUSED = replace(
     REFERENCE,
@@ -20,6 +21,7 @@ FUSED = replace(
     modulate=modulate,
     gated_residual=gated_residual,
     gated_depthwise=gated_depthwise,
+    rms_norm=rms_norm,
 )
 
 
@@ -40,6 +42,7 @@ def check_on(device: torch.device) -> None:
         "modulate": (draw(1, 20, 64), draw(1, 1, 64), draw(1, 1, 64)),
         "gated_residual": (draw(1, 20, 64), draw(1, 1, 64), draw(1, 20, 64)),
         "gated_depthwise": (draw(1, 64, 4, 5), draw(64, 1, 3, 3), draw(64)),
+        "rms_norm": (draw(1, 4, 5, 64), draw(64), draw(64), draw(1, 4, 5, 64), 1e-5),
     }
     for name, given in arguments.items():
         inputs = [value for value in given if isinstance(value, torch.Tensor)]
