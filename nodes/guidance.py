@@ -157,7 +157,7 @@ class SanaPAG(io.ComfyNode):
             display_name="Sana PAG",
             category="sana/sampling",
             description="Perturbed-attention guidance: steers away from what the model draws when some layers cannot "
-            "look around. Shapes get more coherent; a step takes 1.5 times as long.",
+            "look around. Shapes get more coherent; a step takes about 1.3 times as long.",
             search_aliases=["perturbed attention guidance", "pag", "sana perturbed attention"],
             inputs=[
                 io.Model.Input("model", tooltip="Sana model from Load Sana Model."),

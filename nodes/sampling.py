@@ -230,7 +230,7 @@ class SanaSampler(io.ComfyNode):
                     step=0.1,
                     round=0.01,
                     advanced=True,
-                    tooltip="Perturbed-attention guidance, for more coherent shapes in 1.5 times the time. As in "
+                    tooltip="Perturbed-attention guidance, for more coherent shapes in 1.3 times the time. As in "
                     "official Sana it is off up to 1; try 2 with cfg 5. Sana PAG has more settings.",
                 ),
                 _interval_end(
