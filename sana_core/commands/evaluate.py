@@ -39,7 +39,7 @@ def add_parser(commands) -> None:
     )
     add("--reference", type=Path, metavar="FOLDER", help=f"FID of --images against these; needs {INSTALL}")
     add("--inception", type=Path, metavar="FILE", help=f"the network of FID, downloaded from {WEIGHTS_URL}")
-    add("--nano", type=int, metavar="N", help="draw N of 200 held-out combinations in each language and judge them")
+    add("--nano", type=int, metavar="N", help="draw N of 500 held-out combinations in each language and judge them")
     add("--output", type=Path, metavar="JSON", help="also write the figures here, and each picture's scores")
     add_model_options(parser)
     add("--verbose", action="store_true", help="say what was loaded, and why so")

@@ -96,12 +96,12 @@ def _difference(picture: np.ndarray, background: np.ndarray, cell: int) -> np.nd
 
 
 @cache
-def _templates(background: Background, cell: int, sizes: tuple[int, ...]) -> np.ndarray:
+def _templates(subjects: tuple[Subject, ...], background: Background, cell: int, sizes: tuple[int, ...]) -> np.ndarray:
     """Every subject at every size on a background, as differences of unit norm [subjects * sizes, window]."""
     middle = next(place for place in PLACES if place.name == "center")
     margin = (SIDE - WINDOW) // 2
     rows = []
-    for subject in SUBJECTS:
+    for subject in subjects:
         for size in sizes:
             window = draw(Scene(subject, background, middle, size))[margin:-margin, margin:-margin]
             row = _difference(window, np.array(background.rgb), cell).ravel()
@@ -110,7 +110,13 @@ def _templates(background: Background, cell: int, sizes: tuple[int, ...]) -> np.
 
 
 def _search(
-    picture: np.ndarray, colour: np.ndarray, cell: int, sizes: tuple[int, ...], centre: tuple[int, int], reach: int
+    picture: np.ndarray,
+    subjects: tuple[Subject, ...],
+    colour: np.ndarray,
+    cell: int,
+    sizes: tuple[int, ...],
+    centre: tuple[int, int],
+    reach: int,
 ) -> tuple[Subject, tuple[int, int], float]:
     """The best subject, its centre (x, y) in pixels, and its likeness, among centres within `reach` of one."""
     difference = _difference(picture, colour, cell)
@@ -120,18 +126,19 @@ def _search(
     xs, ys = (range(max(middle - reach, 0), min(middle + reach, SIDE) + 1, cell) for middle in centre)
     width = WINDOW // cell
     windows = np.stack([padded[y // cell :, x // cell :][:width, :width].ravel() for y in ys for x in xs])
-    match = windows @ _templates(_nearest_background(colour), cell, sizes).T
+    match = windows @ _templates(subjects, _nearest_background(colour), cell, sizes).T
     position, template = np.unravel_index(match.argmax(), match.shape)
     row, column = divmod(int(position), len(xs))
     likeness = float(match[position, template] / energy)
-    return SUBJECTS[template // len(sizes)], (xs[column], ys[row]), likeness
+    return subjects[template // len(sizes)], (xs[column], ys[row]), likeness
 
 
-def score(picture: np.ndarray) -> Guess:
+def score(picture: np.ndarray, subjects: tuple[Subject, ...] = SUBJECTS) -> Guess:
     """Say what a picture shows.
 
     Args:
         picture: uint8 [256, 256, 3], RGB.
+        subjects: what it may show.
 
     Raises ValueError for any other shape or type.
     """
@@ -144,8 +151,8 @@ def score(picture: np.ndarray) -> Guess:
     if np.sqrt(np.square(_difference(picture, colour, COARSE)).sum(axis=-1).mean()) < FAINT:
         return Guess(None, background, None, 0.0)
     middle = (SIDE // 2, SIDE // 2)
-    _, centre, _ = _search(picture, colour, COARSE, COARSE_SIZES, middle, REACH)
-    subject, (x, y), likeness = _search(picture, colour, FINE, FINE_SIZES, centre, FINE_REACH)
+    _, centre, _ = _search(picture, subjects, colour, COARSE, COARSE_SIZES, middle, REACH)
+    subject, (x, y), likeness = _search(picture, subjects, colour, FINE, FINE_SIZES, centre, FINE_REACH)
     place = min(PLACES, key=lambda place: (place.x - x) ** 2 + (place.y - y) ** 2)
     return Guess(subject, background, place, likeness)
 
@@ -162,6 +169,11 @@ def compare(guesses: Iterable[Guess], scenes: Iterable[Scene]) -> Scores:
     return Scores(*(float(fraction) for fraction in np.mean(hits, axis=0)))
 
 
-def evaluate(pictures: Iterable[np.ndarray], scenes: Iterable[Scene]) -> Scores:
-    """Score pictures (uint8 [256, 256, 3] each, or one array [N, 256, 256, 3]) against what they should show."""
-    return compare(map(score, pictures), scenes)
+def evaluate(
+    pictures: Iterable[np.ndarray], scenes: Iterable[Scene], subjects: tuple[Subject, ...] = SUBJECTS
+) -> Scores:
+    """Score pictures (uint8 [256, 256, 3] each, or one array [N, 256, 256, 3]) against what they should show.
+
+    subjects: what they may show.
+    """
+    return compare((score(picture, subjects) for picture in pictures), scenes)

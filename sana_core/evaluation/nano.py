@@ -83,7 +83,7 @@ def draw_scenes(pipe, wanted: Sequence[Scene], language: str) -> list[np.ndarray
 def score_held_out(pipe, count: int) -> dict[str, Scores]:
     """Draw the first `count` combinations that training never saw, in each language, and score them.
 
-    Raises ValueError for a count that is not 1 to 200.
+    Raises ValueError for a count that is not 1 to 500.
     """
     if not 1 <= count <= len(HELD_OUT):
         raise ValueError(f"{count} held-out combinations asked for: there are 1 to {len(HELD_OUT)}")

@@ -1,7 +1,7 @@
 """Captioned pictures that sana-nano is trained and scored on: one emoji on a plain background.
 
 A scene is (subject, background colour, place, size). The glyphs come from Debian's fonts-noto-color-emoji; captions
-are English, Chinese, or nothing but emoji. `HELD_OUT` names 200 combinations that training never draws.
+are English, Chinese, or nothing but emoji. `HELD_OUT` names 500 combinations that training never draws.
 """
 
 import random
@@ -134,17 +134,26 @@ class Scene:
 
 
 def _held_out() -> tuple[Scene, ...]:
-    """200 combinations in which every background occurs 25 times, every place 40 times, every subject 4 or 5 times.
+    """500 combinations: every subject occurs 10 or 11 times, every background 62 or 63 times, every place 100 times.
 
-    Subject i meets the (shuffled) pairs of background and place number i, i+48, i+96, ... modulo 40, which are all
-    different, so no combination occurs twice. The sizes only matter where the pictures themselves are wanted.
+    In each round through the subjects these have moved on by one against the pairs of background and place, of which
+    there are 8 x 5 and which repeat every 40: so no combination occurs twice. The sizes only matter where the pictures
+    themselves are wanted.
     """
     order = random.Random(2024)
-    subjects = list(SUBJECTS)
-    pairs = [(background, place) for background in BACKGROUNDS for place in PLACES]
-    order.shuffle(subjects)
-    order.shuffle(pairs)
-    return tuple(Scene(subjects[i % len(subjects)], *pairs[i % len(pairs)], SIZES[i % len(SIZES)]) for i in range(200))
+    subjects, backgrounds, places = (order.sample(table, len(table)) for table in (SUBJECTS, BACKGROUNDS, PLACES))
+    combinations = []
+    for number in range(500):
+        round_number, seat = divmod(number, len(subjects))
+        combinations.append(
+            Scene(
+                subjects[(seat + round_number) % len(subjects)],
+                backgrounds[number % len(backgrounds)],
+                places[number % len(places)],
+                SIZES[number % len(SIZES)],
+            )
+        )
+    return tuple(combinations)
 
 
 HELD_OUT = _held_out()

@@ -1,16 +1,18 @@
 """First stage of sana-nano: trains its autoencoder on drawn scenes.
 
-    python -m scripts.nano.autoencoder --run runs/nano/autoencoder
-    python -m scripts.nano.autoencoder --run runs/nano/decoder --decoder-of models/vae/dc_ae_nano.safetensors
+    python -m scripts.nano.autoencoder
 
-The second command goes on with the decoder alone, which may run beside the transformer's training.
+First all of it learns. Then the encoder stays as it is, and the decoder goes on: from here on the transformer can be
+trained beside it, on the file that has been written.
 
 The latents are drawn to mean 0 and deviation 1 / scaling_factor per channel while training, so that the published
 models' factor holds for nano too, and blurred with a little noise, so that the decoder forgives the transformer.
 """
 
 import argparse
+import copy
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sana_core.checkpoint import load_dc_ae, save_dc_ae
+from sana_core.checkpoint import save_dc_ae
 from sana_core.config import AUTOENCODERS
 from sana_core.evaluation import scenes
 from sana_core.models.dc_ae import DCAE
@@ -30,24 +32,42 @@ from .drawing import DrawnBatch, DrawnBatches
 
 PRESET = "dc-ae-nano"
 LATENT_NOISE = 0.1  # of the latents' deviation
-CROPS = ((64, 24), (128, 8), (256, 3))  # side and batch size; each step draws one of the three
 
 
-def draw_crops(rng: np.random.Generator, side: int, count: int) -> Tensor:
-    """Crops [count, 3, side, side] in [-1, 1] of training scenes, on the latent grid and touching the subject."""
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training."""
+
+    name: str
+    steps: int
+    crops: tuple[tuple[int, int], ...]  # side and batch size; each step draws one of them
+    whole_subject: bool  # in each crop; else a part of it
+    squared: float  # weight of the squared error beside the absolute one
+
+    def draw_batch(self, rng: np.random.Generator, step: int) -> DrawnBatch:
+        """Crops of one of the sizes."""
+        side, count = self.crops[rng.integers(len(self.crops))]
+        pixels = draw_crops(rng, side, count, self.whole_subject)
+        return DrawnBatch((pixels,), tuple(f"crop {number}" for number in range(count)))
+
+
+def draw_crops(rng: np.random.Generator, side: int, count: int, whole_subject: bool) -> Tensor:
+    """Crops [count, 3, side, side] in [-1, 1] of training scenes, on the latent grid, with the subject or a part."""
     crops = []
     for _ in range(count):
         scene = scenes.train_scene(rng)
         x0, y0, x1, y1 = scenes.subject_box(scene)
-        left, top = (_crop_start(rng, low, high, side) for low, high in ((x0, x1), (y0, y1)))
+        left, top = (_crop_start(rng, low, high, side, whole_subject) for low, high in ((x0, x1), (y0, y1)))
         crops.append(scenes.draw(scene)[top : top + side, left : left + side])
     return to_pixels(np.stack(crops))
 
 
-def _crop_start(rng: np.random.Generator, low: int, high: int, side: int) -> int:
-    """A multiple of 32 whose crop touches [low, high) and stays inside the picture."""
-    first = max(0, (low - side) // 32 + 1)
-    last = min(scenes.SIDE - side, high - 1) // 32
+def _crop_start(rng: np.random.Generator, low: int, high: int, side: int, whole: bool) -> int:
+    """A multiple of 32 whose crop stays inside the picture and has all of [low, high), or a part of it."""
+    if whole:
+        first, last = max(0, -(-(high - side) // 32)), min(scenes.SIDE - side, low) // 32
+    else:
+        first, last = max(0, (low - side) // 32 + 1), min(scenes.SIDE - side, high - 1) // 32
     return 32 * int(rng.integers(first, last + 1))
 
 
@@ -56,14 +76,11 @@ def to_pixels(pictures: np.ndarray) -> Tensor:
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def draw_batch(rng: np.random.Generator, step: int) -> DrawnBatch:
-    """Crops of one of the sizes."""
-    side, count = CROPS[rng.integers(len(CROPS))]
-    return DrawnBatch((draw_crops(rng, side, count),), tuple(f"crop {number}" for number in range(count)))
-
-
+@dataclass(frozen=True)
 class Reconstruction(Objective):
     """The reconstruction loss."""
+
+    squared: float
 
     def __call__(self, model: DCAE, batch: DrawnBatch, generators: list[torch.Generator]) -> Tensor:
         (pixels,) = batch.tensors
@@ -73,11 +90,11 @@ class Reconstruction(Objective):
         decoded = model.decode(latent + LATENT_NOISE * deviation * noise).float()
         channels = latent.transpose(0, 1).flatten(1) / deviation
         spread = channels.mean(1).square().mean() + (channels.std(1) - 1).square().mean()
-        return F.l1_loss(decoded, pixels) + F.mse_loss(decoded, pixels) + 0.02 * spread
+        return F.l1_loss(decoded, pixels) + self.squared * F.mse_loss(decoded, pixels) + 0.02 * spread
 
 
 @torch.no_grad()
-def measure(model: DCAE, count: int = 64) -> dict[str, float]:
+def measure(model: DCAE, count: int = 32) -> dict[str, float]:
     """PSNR in dB over held-out scenes, whole and inside the subject's box, and the statistics of scaled latents."""
     device = next(model.parameters()).device
     held_out = scenes.HELD_OUT[:count]
@@ -99,29 +116,32 @@ def measure(model: DCAE, count: int = 64) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/nano/autoencoder"), help="folder of the run")
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--decoder-of", type=Path, help="trains only the decoder of this autoencoder")
+    parser.add_argument("--steps", type=int, default=5000, help="in which all of it learns")
+    parser.add_argument("--decoder-steps", type=int, default=6500, help="in which the decoder goes on")
     parser.add_argument("--output", type=Path, default=Path("models/vae/dc_ae_nano.safetensors"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
 
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    if args.decoder_of is None:
-        model = DCAE(AUTOENCODERS[PRESET], device=device)
-    else:
-        model = load_dc_ae(args.decoder_of, device=device, dtype=torch.float32)
-        model.encoder.requires_grad_(False)
-    model = model.to(memory_format=torch.channels_last)
-    config = TrainConfig(
-        steps=args.steps, learning_rate=1e-3, schedule="linear", decay_steps=args.steps // 2, ema_decay=0.999
+    model = DCAE(AUTOENCODERS[PRESET], device=args.device).to(memory_format=torch.channels_last)
+    learn(model, Phase("whole", args.steps, ((64, 24), (128, 8), (256, 3)), False, 4.0), args.run, args.output)
+    model.encoder.requires_grad_(False)
+    learn(
+        model, Phase("decoder", args.decoder_steps, ((128, 8), (128, 8), (256, 3)), True, 10.0), args.run, args.output
     )
-    source = DrawnBatches(draw_batch, size=CROPS[0][1])
+
+
+def learn(model: DCAE, phase: Phase, run: Path, output: Path) -> None:
+    """Trains what has a gradient in the model, and writes the average of its weights."""
+    config = TrainConfig(
+        phase.steps, learning_rate=1e-3, schedule="cosine", warmup_steps=200, ema_decay=0.999, save_every=500
+    )
+    source = DrawnBatches(phase.draw_batch, size=phase.crops[0][1])
     hooks = Hooks(on_save=lambda model, step: measure(model))
-    average = train(model, source, Reconstruction(), config, args.run, hooks=hooks)
-    save_dc_ae(average.to(torch.float16), args.output)
-    logging.info("Wrote %s: %s", args.output, measure(average.float(), len(scenes.HELD_OUT)))
+    train(model, source, Reconstruction(phase.squared), config, run / phase.name, hooks=hooks)
+    save_dc_ae(copy.deepcopy(model).to(torch.float16), output)
+    logging.info("Wrote %s: %s", output, measure(model, 100))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def draw_batch(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/nano/transformer"), help="folder of the run")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scenes", type=int, default=6400, help="how many are drawn and encoded")
     parser.add_argument("--vae", type=Path, default=Path("models/vae/dc_ae_nano.safetensors"))
