@@ -1,7 +1,6 @@
 """The judge of sana-nano's pictures: right on true and on damaged scenes, no better than chance on wrong captions."""
 
 import io
-import time
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +50,8 @@ def contrasted(picture: np.ndarray, gain: float) -> np.ndarray:
     return np.clip(128 + (picture - 128.0) * gain, 0, 255).astype(np.uint8)
 
 
+SAMPLE = HELD_OUT[::4]
+
 DAMAGES = {
     "blurred": lambda picture, rng: blurred(picture, 3),
     "blurred, noisy and compressed": lambda picture, rng: compressed(noisy(blurred(picture, 2.5), rng, 10, 256), 20),
@@ -76,29 +77,29 @@ def test_true_scenes_of_every_subject_background_place_and_size_are_read():
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_scenes_are_read(damage):
     rng = np.random.default_rng(0)
-    scores = evaluate((DAMAGES[damage](draw(scene), rng) for scene in HELD_OUT), HELD_OUT)
+    scores = evaluate((DAMAGES[damage](draw(scene), rng) for scene in SAMPLE), SAMPLE)
     assert min(scores.background, scores.place, scores.subject) >= 0.95, scores
 
 
 def test_scenes_passed_through_the_autoencoder_are_read():
     autoencoder = load_dc_ae(AUTOENCODER, dtype=torch.float32)
-    pictures = torch.from_numpy(np.stack([draw(scene) for scene in HELD_OUT]))
+    pictures = torch.from_numpy(np.stack([draw(scene) for scene in SAMPLE]))
     passed = []
     with torch.inference_mode():
         for batch in pictures.split(8):
             decoded = autoencoder.decode(autoencoder.encode(batch.movedim(-1, 1) / 127.5 - 1))
             passed.append((127.5 * (decoded + 1)).round().clamp(0, 255).to(torch.uint8).movedim(1, -1))
-    scores = evaluate(torch.cat(passed).numpy(), HELD_OUT)
+    scores = evaluate(torch.cat(passed).numpy(), SAMPLE)
     assert min(scores.background, scores.place, scores.subject) >= 0.95, scores
 
 
 def test_shuffled_captions_score_at_chance():
-    guesses = [score(draw(scene)) for scene in HELD_OUT]
+    guesses = [score(draw(scene)) for scene in SAMPLE]
     rng = np.random.default_rng(0)
-    shuffles = [compare(guesses, [HELD_OUT[i] for i in rng.permutation(len(HELD_OUT))]) for _ in range(200)]
+    shuffles = [compare(guesses, [SAMPLE[i] for i in rng.permutation(len(SAMPLE))]) for _ in range(200)]
     for part, chance in (("background", 1 / 8), ("place", 1 / 5), ("subject", 1 / 48)):
         mean = np.mean([getattr(scores, part) for scores in shuffles])
-        deviation = np.sqrt(chance * (1 - chance) / (len(HELD_OUT) * len(shuffles)))
+        deviation = np.sqrt(chance * (1 - chance) / (len(SAMPLE) * len(shuffles)))
         assert abs(mean - chance) < 4 * deviation, (part, mean)
 
 
@@ -134,12 +135,3 @@ def test_counts_must_agree():
         evaluate([BLANK], HELD_OUT[:2])
     with pytest.raises(ValueError, match="0 pictures, 0 scenes"):
         evaluate([], [])
-
-
-def test_a_hundred_pictures_take_seconds():
-    pictures = [draw(scene) for scene in HELD_OUT[:100]]
-    for background in BACKGROUNDS:  # the first picture of a background also prepares its glyphs
-        score(draw(Scene(SUBJECTS[0], background, PLACES[0], SIZES[0])))
-    start = time.perf_counter()
-    evaluate(pictures, HELD_OUT[:100])
-    assert time.perf_counter() - start < 30
