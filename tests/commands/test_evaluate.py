@@ -140,7 +140,7 @@ def test_nano_draws_what_training_never_saw(tmp_path, capsys):
         (["--images", "images", "--scorer", "my_scorer:few"], "1 scores for 2 pictures (images/a.png, images/b.png)"),
         (["--images", "images", "--scorer", "my_scorer:nan"], "nan for images/a.png"),
         (["--nano", "0"], "0 held-out combinations asked for: there are 1 to 500"),
-        (["--nano", "201"], "201 held-out combinations"),
+        (["--nano", "501"], "501 held-out combinations"),
     ],
 )
 def test_bad_input_is_one_line(options, message, images, tmp_path, monkeypatch, capsys):
