@@ -137,8 +137,8 @@ def _held_out() -> tuple[Scene, ...]:
     """500 combinations: every subject occurs 10 or 11 times, every background 62 or 63 times, every place 100 times.
 
     In each round through the subjects these have moved on by one against the pairs of background and place, of which
-    there are 8 x 5 and which repeat every 40: so no combination occurs twice. The sizes only matter where the pictures
-    themselves are wanted.
+    there are 8 x 5 and which repeat every 40: so no combination occurs twice. They are shuffled, so that any part of
+    them is mixed. The sizes only matter where the pictures themselves are wanted.
     """
     order = random.Random(2024)
     subjects, backgrounds, places = (order.sample(table, len(table)) for table in (SUBJECTS, BACKGROUNDS, PLACES))
@@ -153,6 +153,7 @@ def _held_out() -> tuple[Scene, ...]:
                 SIZES[number % len(SIZES)],
             )
         )
+    order.shuffle(combinations)
     return tuple(combinations)
 
 

@@ -67,7 +67,7 @@ def test_held_out_is_fixed_and_balanced():
     assert set(Counter(held.background for held in HELD_OUT).values()) == {62, 63}
     assert set(Counter(held.place for held in HELD_OUT).values()) == {100}
     listed = ",".join(f"{held.subject.name} {held.background.name} {held.place.name}" for held in HELD_OUT)
-    assert zlib.crc32(listed.encode()) == 0x69BA3232  # scores of a trained model mean nothing once the list moves
+    assert zlib.crc32(listed.encode()) == 0xFB65A360  # scores of a trained model mean nothing once the list moves
 
 
 def test_training_draws_everything_but_what_is_held_out():

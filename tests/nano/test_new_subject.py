@@ -36,5 +36,5 @@ def test_a_lora_teaches_a_new_subject_and_keeps_the_old(tmp_path, one_thread):
         scores = score(nano, new, language)[1]
         assert scores.background >= 0.95 and scores.place >= 0.95 and scores.subject >= 0.8, f"{language}: {scores}"
     after = score(nano, old, "zh")[1]
-    assert after.background >= 0.98 and after.place >= 0.95, f"{before}; {after}"
-    assert after.subject >= before.subject - 0.06, f"{before}; {after}"
+    assert after.background >= 0.95 and after.place >= 0.9, f"{before}; {after}"
+    assert after.subject >= before.subject - 0.1, f"{before}; {after}"
