@@ -15,7 +15,8 @@ def test_command_line_scores_a_folder_by_its_names(tmp_path, caplog):
     for number, scene in enumerate(HELD_OUT[:3]):
         Image.fromarray(draw(scene)).save(tmp_path / picture_name(scene))
         Image.fromarray(draw(scene)).save(tmp_path / picture_name(scene, number))
-    wrong = Scene(HELD_OUT[3].subject, HELD_OUT[4].background, HELD_OUT[3].place, SIZES[0])
+    other = next(background for background in BACKGROUNDS if background != HELD_OUT[3].background)
+    wrong = Scene(HELD_OUT[3].subject, other, HELD_OUT[3].place, SIZES[0])
     Image.fromarray(draw(HELD_OUT[3])).save(tmp_path / picture_name(wrong, 7))
     scores = main(["--pictures", str(tmp_path), "--sheet", str(tmp_path / "sheet.png")])
     assert (scores.background, scores.place, scores.subject) == (6 / 7, 1, 1)
