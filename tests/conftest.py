@@ -84,3 +84,13 @@ def tiny_models(tmp_path_factory) -> Path:
     save_dc_ae(tiny.dc_ae(), folder / "vae" / "tiny.safetensors")
     save_text_encoder(tiny.text_encoder(), folder / "text_encoders" / "tiny.safetensors")
     return folder
+
+
+@pytest.fixture
+def files(tiny_models) -> dict[str, Path]:
+    """The tiny networks by the names that loaders and the command line have for them."""
+    return {
+        "transformer": tiny_models / "diffusion_models" / "tiny.safetensors",
+        "vae": tiny_models / "vae" / "tiny.safetensors",
+        "text_encoder": tiny_models / "text_encoders" / "tiny.safetensors",
+    }

@@ -22,15 +22,6 @@ PROMPT = "a red cat, 红色背景左边的熊猫 🐼"
 
 
 @pytest.fixture
-def files(tiny_models):
-    return {
-        "transformer": tiny_models / "diffusion_models" / "tiny.safetensors",
-        "vae": tiny_models / "vae" / "tiny.safetensors",
-        "text_encoder": tiny_models / "text_encoders" / "tiny.safetensors",
-    }
-
-
-@pytest.fixture
 def model_options(files):
     options = [("--" + name.replace("_", "-"), str(path)) for name, path in files.items()]
     return [word for option in options for word in option] + ["--device", "cpu", "--steps", "2"]

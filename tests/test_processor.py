@@ -35,15 +35,6 @@ def test_only_large_networks_that_know_it_get_bfloat16(answers, native):
     assert processor.count_weights(torch.nn.Linear(3, 4)) == 16
 
 
-@pytest.fixture
-def files(tiny_models):
-    return {
-        "transformer": tiny_models / "diffusion_models" / "tiny.safetensors",
-        "vae": tiny_models / "vae" / "tiny.safetensors",
-        "text_encoder": tiny_models / "text_encoders" / "tiny.safetensors",
-    }
-
-
 def dtypes(pipe):
     return pipe.transformer.dtype, next(pipe.vae.parameters()).dtype, pipe.text_encoder.dtype
 

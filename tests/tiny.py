@@ -99,3 +99,9 @@ def text_encoder() -> TextEncoder:
         attn_implementation="eager",
     )
     return TextEncoder(filled(Gemma2Model(config)), tokenizer())
+
+
+def conditioning(seed: int, tokens: int = 9) -> list:
+    """ComfyUI's CONDITIONING of a caption of so many tokens in 20, its features random."""
+    embeds = torch.randn(1, 20, CHANNELS, generator=torch.Generator().manual_seed(seed))
+    return [[embeds, {"attention_mask": (torch.arange(20) < tokens).long()[None]}]]

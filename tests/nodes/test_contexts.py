@@ -8,7 +8,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests import tiny
+from tests.tiny import conditioning
 
 STEPS = 3
 
@@ -16,27 +16,6 @@ STEPS = 3
 @pytest.fixture
 def patcher(part, tiny_models):
     return part("nodes.adapter").load_model(tiny_models / "diffusion_models" / "tiny.safetensors")
-
-
-def conditioning(seed, tokens=9):
-    generator = torch.Generator().manual_seed(seed)
-    embeds = torch.randn(1, 20, tiny.CHANNELS, generator=generator)
-    mask = (torch.arange(20) < tokens).long()[None]
-    return [[embeds, {"attention_mask": mask}]]
-
-
-@pytest.fixture
-def sample(comfy):
-    import comfy.sample
-
-    def run(patcher, positive=1, negative=2):
-        noise = torch.randn(1, 32, 3, 5, generator=torch.Generator().manual_seed(0))
-        return comfy.sample.sample(
-            patcher, noise, STEPS, 4.5, "euler", "normal", conditioning(positive), conditioning(negative, 4),
-            torch.zeros_like(noise), disable_pbar=True, seed=0,
-        )  # fmt: skip
-
-    return run
 
 
 @pytest.fixture

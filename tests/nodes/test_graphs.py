@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 
-from tests import tiny
 from tests.recorder import PlainRecorder
 
 STEPS = 4
@@ -29,25 +28,6 @@ def patcher(part, path, recorder, monkeypatch):
     patcher = part("nodes.adapter").load_model(path)
     monkeypatch.setattr(patcher.model.graphs, "_recorder_of", recorder)
     return patcher
-
-
-def conditioning(seed, tokens=9):
-    embeds = torch.randn(1, 20, tiny.CHANNELS, generator=torch.Generator().manual_seed(seed))
-    return [[embeds, {"attention_mask": (torch.arange(20) < tokens).long()[None]}]]
-
-
-@pytest.fixture
-def sample(comfy):
-    import comfy.sample
-
-    def run(patcher, positive=1, negative=2):
-        noise = torch.randn(1, 32, 3, 5, generator=torch.Generator().manual_seed(0))
-        return comfy.sample.sample(
-            patcher, noise, STEPS, 4.5, "euler", "normal", conditioning(positive), conditioning(negative, 4),
-            torch.zeros_like(noise), disable_pbar=True, seed=0,
-        )  # fmt: skip
-
-    return run
 
 
 @pytest.fixture

@@ -74,22 +74,16 @@ def test_two_processes_train_as_one(folder, name):
     assert len(losses(folder / name)) == 6
 
 
-def test_one_process_goes_on_where_two_were(folder, monkeypatch):
+@pytest.mark.parametrize("name", ["shrunk", "left to one"])  # by two with copies, and by two that shared it out
+def test_one_process_goes_on_where_two_were(folder, monkeypatch, name):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    micro.job(folder / "shrunk", 6, "sgd")
-    assert difference(trained(folder / "shrunk"), trained(folder / "alone")) < 1e-6
-    assert losses(folder / "shrunk") == pytest.approx(losses(folder / "alone"), abs=1e-6)
+    micro.job(folder / name, 6, "sgd")
+    assert difference(trained(folder / name), trained(folder / "alone")) < 1e-6
+    assert losses(folder / name) == pytest.approx(losses(folder / "alone"), abs=1e-6)
 
 
 def test_a_shared_out_run_resumes_exactly(folder):
     assert difference(trained(folder / "broken"), trained(folder / "unbroken")) == 0
-
-
-def test_one_process_reads_what_two_have_shared_out(folder, monkeypatch):
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    micro.job(folder / "left to one", 6, "sgd")
-    assert difference(trained(folder / "left to one"), trained(folder / "alone")) < 1e-6
-    assert losses(folder / "left to one") == pytest.approx(losses(folder / "alone"), abs=1e-6)
 
 
 def test_copies_are_not_read_by_those_that_share(folder):
