@@ -19,7 +19,7 @@ from benchmarks.memory import TensorWatch, weights_of
 
 OURS, PEER = "ours", "diffusers"
 LARGEST, RMS = "largest difference / largest value", "RMS of the difference / RMS of the value"
-ROUNDING_SLACK = 1.1  # how much further from float32 than diffusers a narrower dtype may be
+ROUNDING_SLACK = 1.1  # how much further off than diffusers a result may be
 GPU_WARM_UPS = 3
 CANNOT = (ArithmeticError, RuntimeError, ValueError)  # torch.OutOfMemoryError is a RuntimeError
 
@@ -56,13 +56,13 @@ class Contest:
     """Who competes, and what makes results agree.
 
     contestants: ours and diffusers' among them, under `OURS` and `PEER`.
-    limit: largest difference to diffusers' result, as a share of the largest value, where all compute in float32.
-    truth: diffusers' work in float32, where contestants compute in less: then their RMS error against it must not be
-        above `ROUNDING_SLACK` times diffusers' own.
+    truth: diffusers' work in a wider format than the contestants': their RMS error against it must not be above
+        `ROUNDING_SLACK` times diffusers' own.
+    limit: without a truth, the largest difference to diffusers' result, as a share of the largest value.
     """
 
     contestants: Sequence[Contestant]
-    limit: float
+    limit: float = 0.0
     truth: Callable[[], Tensor] | None = None
 
 

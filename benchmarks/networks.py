@@ -78,6 +78,11 @@ def float32(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network).float()
 
 
+def float64(network: nn.Module) -> nn.Module:
+    """A copy that computes in float64, but for what it always does in float32."""
+    return copy.deepcopy(network).double()
+
+
 @torch.no_grad()
 def randomize(network: nn.Module, seed: int = 0) -> nn.Module:
     """Fill every parameter, so that the size of activations stays about the same from layer to layer."""

@@ -49,7 +49,7 @@ def forward(place: Place, config: SanaConfig, pixels: int, batch: int, compiled:
     timestep = torch.full((batch,), 500.0, device=place.device)
     context = normal(place, batch, POSITIONS, config.caption_channels, seed=2)
     mask = caption_mask(place, [CAPTION, EMPTY, CAPTION][:batch])
-    kept = pair.ours.prepare_context(context, mask)
+    kept = pair.ours.prepare_context(context, mask, absorb=True)
     graphed = GraphedCalls(pair.ours)
 
     def peer(network: nn.Module, dtype: torch.dtype = place.dtype) -> Tensor:
@@ -65,7 +65,13 @@ def forward(place: Place, config: SanaConfig, pixels: int, batch: int, compiled:
         contestants.append(Contestant(NO_GRAPH, partial(pair.ours, x, timestep, kept), (pair.ours,), KEPT_CAPTION))
     if compiled:
         contestants.append(_compiled(partial(peer, _compile(pair.theirs)), pair.theirs))
-    return Contest(contestants, ONE_PASS, _truth(place, lambda: peer(networks.float32(pair.theirs), torch.float32)))
+
+    def truth() -> Tensor:
+        if place.is_exact:
+            return peer(networks.float64(pair.theirs), torch.float64)
+        return peer(networks.float32(pair.theirs), torch.float32)
+
+    return Contest(contestants, truth=truth)
 
 
 def sampling(place: Place, config: SanaConfig, pixels: int, dc_ae: str, pag: bool, compiled: bool) -> Contest:
@@ -208,7 +214,7 @@ def _attended(embeds: Tensor, mask: Tensor) -> Tensor:
 
 
 def _truth(place: Place, work: Callable[[], Tensor]) -> Callable[[], Tensor] | None:
-    return None if place.dtype == torch.float32 else work
+    return None if place.is_exact else work
 
 
 def _compile(work):

@@ -186,9 +186,9 @@ class SanaModel(comfy.model_base.BaseModel):
     def _predict(self, x, t, c_concat, c_crossattn, control, options: dict, captions=(), **kwargs) -> Tensor:
         made = options.pop(CONTEXT, None)
         if c_crossattn is not None and made is c_crossattn and captions and self._keeps_context(options):
-            mask = kwargs.get("attention_mask")
-            options[CONTEXT] = self._prepare_context(x.device, c_crossattn, mask, captions, sana_controls(control))
-            if control is None and self._keeps_weights(options):
+            mask, controls, stay = kwargs.get("attention_mask"), sana_controls(control), self._keeps_weights(options)
+            options[CONTEXT] = self._prepare_context(x.device, c_crossattn, mask, captions, controls, absorb=stay)
+            if control is None and stay and self.graphs is not None:
                 options[GRAPHS] = self.graphs
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
@@ -211,8 +211,7 @@ class SanaModel(comfy.model_base.BaseModel):
         patcher = self.current_patcher
         kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
         return bool(
-            self.graphs is not None
-            and not patcher.is_dynamic()
+            not patcher.is_dynamic()
             and not any(key.partition(".")[0] == "diffusion_model" for key in patcher.object_patches)
             # All layers come from one class of core's, which says whether it casts weights at each use.
             and not self.diffusion_model.x_embedder.proj.comfy_cast_weights
@@ -222,15 +221,25 @@ class SanaModel(comfy.model_base.BaseModel):
         )
 
     def _prepare_context(
-        self, device, context: Tensor, mask: Tensor | None, captions: tuple, controls: Sequence[Control]
+        self,
+        device,
+        context: Tensor,
+        mask: Tensor | None,
+        captions: tuple,
+        controls: Sequence[Control],
+        *,
+        absorb: bool,
     ) -> ContextCache:
         dtype = self.get_dtype_inference()
         nets = kept_nets(controls)
         # Inference tensors cannot be met by a later step that is not in inference mode itself.
         weights = (self.current_weight_patches_uuid, self.diffusion_model.dtype, torch.is_inference_mode_enabled())
-        key = (*weights, dtype, device, context.shape, *((net, net.current_weight_patches_uuid) for net in nets))
+        versions = ((net, net.current_weight_patches_uuid) for net in nets)
+        prepare = self.diffusion_model.prepare_context
         return self.prepared_contexts.get(
-            captions, key, lambda: self.diffusion_model.prepare_context(context.to(device, dtype), mask, nets)
+            captions,
+            (*weights, dtype, device, context.shape, absorb, *versions),
+            lambda: prepare(context.to(device, dtype), mask, nets, absorb=absorb),
         )
 
     def process_timestep(self, timestep, **_):

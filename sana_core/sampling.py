@@ -143,7 +143,7 @@ def velocity(
     """
     transformer = sampling.transformer
     nets = {one.net for one in control if one.strength}
-    context = transformer.prepare_context(captions.embeds.to(transformer.dtype), captions.mask, nets)
+    context = transformer.prepare_context(captions.embeds.to(transformer.dtype), captions.mask, nets, absorb=True)
 
     @cache  # one object for all steps: graphs then need not copy its values at each
     def of_rows(count: int) -> ContextCache:

@@ -96,15 +96,30 @@ def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU, a depthwise 3x3 convolution with zeros around the picture, and the gated linear unit of the result.
 
     Args:
-        x: [B, 2C, h, w], best in channels-last layout. Where no gradient flows into it, it is overwritten.
+        x: [B, 2C, h, w], best in channels-last layout. Without gradients it is overwritten.
         weight: [2C, 1, 3, 3].
         bias: [2C].
 
     Returns:
-        [B, C, h, w], channels-last if x is.
+        [B, C, h, w], channels-last if x is; without gradients in x's memory.
     """
-    x = F.silu(x, inplace=not x.requires_grad)
-    return gated_linear_unit(F.conv2d(x, weight, bias, padding=1, groups=len(weight)))
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
+        return gated_linear_unit(_depthwise(F.silu(x), weight, bias))
+    x = F.silu(x, inplace=True)
+    channels = len(weight) // 2
+    # A half of the channels at a time: new memory of x's size, in each block anew, costs a processor more time than the
+    # convolutions do, as the operating system hands it out page by page.
+    step = (channels + 1) // 2
+    for start in range(0, channels, step):
+        value = slice(start, min(start + step, channels))
+        gate = slice(channels + value.start, channels + value.stop)
+        gated = F.silu(_depthwise(x[:, gate], weight[gate], bias[gate]), inplace=True)
+        torch.mul(_depthwise(x[:, value], weight[value], bias[value]), gated, out=x[:, value])
+    return x[:, :channels]
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
 
 
 def gated_linear_unit(x: Tensor) -> Tensor:

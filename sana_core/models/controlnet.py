@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from ..config import SanaConfig
 from ..kernels import REFERENCE, Kernels
-from .layers import SanaBlock
-
-KeysValues = tuple[tuple[Tensor, Tensor], ...]  # of the cross-attention of each block, [B, L, H, D] each
+from .layers import KeysValues, SanaBlock
 
 
 class ControlBlock(nn.Module):
@@ -65,7 +63,7 @@ class SanaControlNet(nn.Module):
                 "model: 1152 is 0.6B, 2240 is 1.6B."
             )
 
-    def prepare_context(self, context: Tensor) -> KeysValues:
+    def prepare_context(self, context: Tensor) -> tuple[KeysValues, ...]:
         """What all steps of a prompt share, of its embedded caption [B, L, C]."""
         return tuple(block.copied_block.cross_attn.keys_values(context) for block in self.controlnet)
 
@@ -73,7 +71,7 @@ class SanaControlNet(nn.Module):
         self,
         x: Tensor,
         hint: Tensor,
-        keys_values: KeysValues,
+        keys_values: tuple[KeysValues, ...],
         mask: Tensor | None,
         t0: Tensor,
         height: int,
@@ -118,7 +116,7 @@ class Control:
         self,
         embed: Callable[[Tensor], Tensor],
         x: Tensor,
-        keys_values: KeysValues,
+        keys_values: tuple[KeysValues, ...],
         mask: Tensor | None,
         t0: Tensor,
         *size: int,

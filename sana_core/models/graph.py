@@ -9,7 +9,7 @@ import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 from weakref import ref
@@ -88,9 +88,7 @@ class _Inputs:
     def with_own_memory(self) -> "_Inputs":
         """Inputs of the same kind, with any values."""
         guidance = None if self.guidance is None else _buffer(self.guidance)
-        keys_values = tuple((_buffer(k), _buffer(v)) for k, v in self.context.keys_values)
-        mask = None if self.context.mask is None else _buffer(self.context.mask)
-        context = ContextCache(_buffer(self.context.features), keys_values, mask)
+        context = replace(self.context, branches={}).each(_buffer)  # calls with a ControlNet are not recorded
         return _Inputs(_buffer(self.x), _buffer(self.timestep), guidance, context)
 
 
@@ -125,7 +123,7 @@ class _Recording:
 
 def _tensors(context: ContextCache) -> list[Tensor]:
     mask = [] if context.mask is None else [context.mask]
-    return [context.features, *(tensor for pair in context.keys_values for tensor in pair), *mask]
+    return [context.features, *(tensor for one in context.keys_values for tensor in one), *mask]
 
 
 class GraphedCalls:

@@ -6,6 +6,7 @@ Source: NVlabs/Sana `diffusion/model/nets/sana_blocks.py`, `basic_modules.py`, `
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,24 @@ class LinearAttention(nn.Module):
         return out.clamp(-FLOAT16_MAX, FLOAT16_MAX) if self.clamps else out
 
 
+class KeysValues(NamedTuple):
+    """What cross-attention reads of captions: [B, L, H, D] each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class AbsorbedKeysValues(NamedTuple):
+    """Keys and values that have absorbed the projections of queries and results, in front of and behind them.
+
+    Both products are linear, so their order is free: q k^T = x (W_q k^T), and (p v) W_o = p (v W_o).
+    """
+
+    keys: Tensor  # [B, C, H * L], scaled
+    bias: Tensor  # [B, 1, H * L], of the scores; -inf at padding
+    values: Tensor  # [B, H * L, C]
+
+
 class CrossAttention(nn.Module):
     """Softmax attention of the tokens over the caption, whose keys and values do not depend on the step."""
 
@@ -150,15 +169,44 @@ class CrossAttention(nn.Module):
         self.k_norm = operations.RMSNorm(size, eps=1e-6, **factory) if config.qk_norm else nn.Identity()
         self.proj = operations.Linear(size, size, **factory)
 
-    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, L, H, C / H] of a caption [B, L, C]."""
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """Keys and values of captions [B, L, C]."""
         k, v = self.kv_linear(context).chunk(2, dim=-1)
-        k, v = (part.unflatten(-1, (self.num_heads, -1)) for part in (self.k_norm(k), v))
-        return k, v
+        return KeysValues(*(part.unflatten(-1, (self.num_heads, -1)) for part in (self.k_norm(k), v)))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    def prepare(self, context: Tensor, mask: Tensor | None, absorb: bool) -> KeysValues | AbsorbedKeysValues:
+        """What the forward pass reads of captions [B, L, C] with mask [B, L] bool; absorbed if asked, where it pays."""
+        keys_values = self.keys_values(context)
+        return self._absorbed(keys_values, mask) if absorb and self._absorbs(context) else keys_values
+
+    def _absorbs(self, context: Tensor) -> bool:
+        """Whether absorbed keys and values give the same result with less work.
+
+        Queries with a norm are not linear, and in 16 bits the scores would be rounded in front of the softmax.
+        """
+        layers = (self.q_linear, self.proj)
+        linear = isinstance(self.q_norm, nn.Identity) and all(isinstance(layer, nn.Linear) for layer in layers)
+        return linear and context.dtype == torch.float32 and self.num_heads * context.shape[1] < context.shape[2]
+
+    def _absorbed(self, keys_values: KeysValues, mask: Tensor | None) -> AbsorbedKeysValues:
+        k, v = (part.transpose(1, 2) for part in keys_values)  # [B, H, L, D]
+        k = k * k.shape[-1] ** -0.5
+        w_q = self.q_linear.weight.unflatten(0, (self.num_heads, -1))  # [H, D, C]
+        w_o = self.proj.weight.t().unflatten(0, (self.num_heads, -1))  # [H, D, C]
+        bias = (k @ self.q_linear.bias.view(self.num_heads, -1, 1)).squeeze(-1)  # [B, H, L]
+        if mask is not None:
+            bias = bias.masked_fill(~mask[:, None], -math.inf)
+        # A head's probabilities add up to 1, so that each of the heads may bring its share of the bias.
+        values = v @ w_o + self.proj.bias / self.num_heads
+        return AbsorbedKeysValues((k @ w_q).flatten(1, 2).mT, bias.flatten(1)[:, None], values.flatten(1, 2))
+
+    def forward(self, x: Tensor, caption: KeysValues | AbsorbedKeysValues, mask: Tensor | None) -> Tensor:
+        """Attention of x [B, N, C]; mask: [B, L] bool, or None."""
+        if isinstance(caption, AbsorbedKeysValues):
+            scores = torch.baddbmm(caption.bias, x, caption.keys).unflatten(-1, (self.num_heads, -1))
+            return scores.softmax(dim=-1).flatten(2) @ caption.values
         q = self.q_norm(self.q_linear(x)).unflatten(-1, (self.num_heads, -1))
-        return self.proj(self.kernels.attention(q, k, v, mask).flatten(2))
+        return self.proj(self.kernels.attention(q, *caption, mask).flatten(2))
 
 
 class ConvLayer(nn.Module):
@@ -208,7 +256,7 @@ class SanaBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        keys_values: tuple[Tensor, Tensor],
+        caption: KeysValues | AbsorbedKeysValues,
         mask: Tensor | None,
         t0: Tensor,
         height: int,
@@ -219,7 +267,7 @@ class SanaBlock(nn.Module):
 
         Args:
             x: [B, N, C].
-            keys_values: of this block's cross-attention.
+            caption: of this block's cross-attention.
             mask: [B, L] bool, or None.
             t0: [B, 6C], from the timestep.
             height, width: of the latent; N = height * width.
@@ -229,7 +277,7 @@ class SanaBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         modulate, gated_residual = self.kernels.modulate, self.kernels.gated_residual
         x = gated_residual(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa), perturbed_rows))
-        x = x + self.cross_attn(x, *keys_values, mask)
+        x = x + self.cross_attn(x, caption, mask)
         return gated_residual(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp), height, width))
 
 

@@ -3,7 +3,7 @@
 Attribute names are the keys of the published checkpoints (NVlabs/Sana `sana_multi_scale.py`).
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 from ..config import SanaConfig
 from ..kernels import REFERENCE, Kernels
-from .controlnet import Control, KeysValues, SanaControlNet, repeat_last
-from .layers import CaptionEmbedder, FinalLayer, PatchEmbed, SanaBlock, TimestepEmbedder, position_embedding
+from .controlnet import Control, SanaControlNet, repeat_last
+from .layers import (
+    AbsorbedKeysValues,
+    CaptionEmbedder,
+    FinalLayer,
+    KeysValues,
+    PatchEmbed,
+    SanaBlock,
+    TimestepEmbedder,
+    position_embedding,
+)
 
 GUIDANCE_SCALE = 0.1  # Sprint embeds a tenth of the guidance scale
 
@@ -26,21 +35,25 @@ class ContextCache:
     """
 
     features: Tensor  # [B, L, C], the embedded captions
-    keys_values: KeysValues
+    keys_values: tuple[KeysValues | AbsorbedKeysValues, ...]
     mask: Tensor | None  # [B, L] bool; None where every caption is L long
-    branches: dict[SanaControlNet, KeysValues] = field(default_factory=dict)  # of the ControlNets prepared for
+    branches: dict[SanaControlNet, tuple[KeysValues, ...]] = field(default_factory=dict)  # of the ControlNets prepared
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "ContextCache":
+        """With every tensor changed in the same way."""
+
+        def changed(blocks: tuple) -> tuple:
+            return tuple(type(one)(*map(change, one)) for one in blocks)
+
+        mask = None if self.mask is None else change(self.mask)
+        branches = {net: changed(keys_values) for net, keys_values in self.branches.items()}
+        return ContextCache(change(self.features), changed(self.keys_values), mask, branches)
 
     def rows(self, index: slice | Tensor) -> "ContextCache":
         """The captions of some rows, in the order of the index."""
+        return self.each(lambda tensor: tensor[index])
 
-        def cut(keys_values: KeysValues) -> KeysValues:
-            return tuple((k[index], v[index]) for k, v in keys_values)
-
-        mask = None if self.mask is None else self.mask[index]
-        branches = {net: cut(keys_values) for net, keys_values in self.branches.items()}
-        return ContextCache(self.features[index], cut(self.keys_values), mask, branches)
-
-    def of_branch(self, net: SanaControlNet) -> KeysValues:
+    def of_branch(self, net: SanaControlNet) -> tuple[KeysValues, ...]:
         """A ControlNet's keys and values: those prepared, or made now."""
         return self.branches[net] if net in self.branches else net.prepare_context(self.features)
 
@@ -102,7 +115,12 @@ class SanaTransformer(nn.Module):
         return self.final_layer.scale_shift_table.dtype
 
     def prepare_context(
-        self, context: Tensor, mask: Tensor | None = None, nets: Collection[SanaControlNet] = ()
+        self,
+        context: Tensor,
+        mask: Tensor | None = None,
+        nets: Collection[SanaControlNet] = (),
+        *,
+        absorb: bool = False,
     ) -> ContextCache:
         """Computes what all steps of a prompt share.
 
@@ -110,6 +128,8 @@ class SanaTransformer(nn.Module):
             context: raw text features [B, L, caption_channels].
             mask: [B, L], bool or 0/1, 1 = attend; None attends to all.
             nets: ControlNets to prepare for as well.
+            absorb: whether cross-attention may fold its weights into keys and values, which takes less work where
+                captions are short. Layers must then compute with their weights as these are now.
 
         Raises:
             ValueError: a caption has no token to attend to, or a ControlNet is for another model.
@@ -118,7 +138,7 @@ class SanaTransformer(nn.Module):
             net.check_model(self.config)
         context, mask = drop_padding(context, mask)
         context = self.attention_y_norm(self.y_embedder(context))
-        keys_values = tuple(block.cross_attn.keys_values(context) for block in self.blocks)
+        keys_values = tuple(block.cross_attn.prepare(context, mask, absorb) for block in self.blocks)
         return ContextCache(context, keys_values, mask, {net: net.prepare_context(context) for net in nets})
 
     def embed_timestep(self, timestep: Tensor, guidance: Tensor | None, dtype: torch.dtype) -> Tensor:

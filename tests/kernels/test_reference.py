@@ -1,5 +1,6 @@
 """The specification of the kernels, against the formulas written out in float64."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -72,3 +73,25 @@ def test_gated_depthwise_and_its_gradients():
         assert torch.equal(found, wanted)
     channels_last = picture.clone(memory_format=torch.channels_last)
     assert torch.allclose(reference.gated_depthwise(channels_last, weight, bias), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_gated_depthwise_without_gradients_computes_in_place(channels, layout):
+    picture, weight, bias = draw(2, 2 * channels, 3, 5), draw(2 * channels, 1, 3, 3, seed=1), draw(2 * channels, seed=2)
+    expected = F.conv2d(F.silu(picture), weight, bias, padding=1, groups=2 * channels)
+    expected = expected[:, :channels] * F.silu(expected[:, channels:])
+    picture = picture.clone(memory_format=layout)
+    weight.requires_grad_()
+    with torch.no_grad():
+        actual = reference.gated_depthwise(picture, weight, bias)
+    assert actual.data_ptr() == picture.data_ptr()
+    assert torch.allclose(actual, expected, atol=1e-6)
+
+
+def test_gated_depthwise_keeps_its_input_for_the_gradient_of_its_weight():
+    picture, weight, bias = draw(2, 8, 3, 5), draw(8, 1, 3, 3, seed=1).requires_grad_(), draw(8, seed=2)
+    before = picture.clone()
+    reference.gated_depthwise(picture, weight, bias).sum().backward()
+    assert torch.equal(picture, before)
+    assert weight.grad is not None

@@ -1,13 +1,15 @@
 """The transformer against diffusers' SanaTransformer2DModel, with the same random weights carried over as files."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sana_core.config import TRANSFORMERS
-from sana_core.models.layers import position_embedding
+from sana_core.models.layers import AbsorbedKeysValues, KeysValues, position_embedding
 from sana_core.models.sana import SanaTransformer, drop_padding
+from sana_core.training.lora import add_adapters
 from tests import twin
 
 PUBLISHED = [name for name in TRANSFORMERS if name != "sana-nano"]
@@ -75,6 +77,57 @@ def test_prepared_context_gives_the_same_output():
     x, timestep, context, mask, _ = inputs(config, 4, 6)
     with torch.no_grad():
         assert torch.equal(model(x, timestep, model.prepare_context(context, mask)), model(x, timestep, context, mask))
+
+
+def attended(model, dtype=torch.float64, **options):
+    """Velocities with captions of 20 and 7 tokens, prepared as the options say."""
+    x, timestep, context, mask, guidance = inputs(model.config, 4, 6)
+    x, context = x.to(dtype), context.to(dtype)
+    with torch.no_grad():
+        prepared = model.to(dtype).prepare_context(context, mask, **options)
+        return prepared, model(x, timestep, prepared, guidance=guidance)
+
+
+def test_absorbed_projections_are_as_near_to_float64():
+    model = random_transformer(small("Sana_600M_1024px"))
+    truth = attended(copy.deepcopy(model))[1]
+    plain = attended(model, torch.float32)[1]
+    prepared, absorbed = attended(model, torch.float32, absorb=True)
+    assert all(isinstance(one, AbsorbedKeysValues) for one in prepared.keys_values)
+    assert not torch.equal(absorbed, plain)
+    assert (absorbed - truth).norm() < 1.2 * (plain - truth).norm() < 1e-5 * truth.norm()
+
+
+def test_absorbed_captions_can_be_picked():
+    """As perturbed rows and unguided steps do."""
+    model = random_transformer(small("Sana_600M_1024px"))
+    prepared, expected = attended(model, torch.float32, absorb=True)
+    x, timestep, *_ = inputs(model.config, 4, 6)
+    index = torch.tensor([1, 0, 1])
+    with torch.no_grad():
+        picked = model(x[index], timestep[index], prepared.rows(index))
+    assert (picked - expected[index]).abs().max() < 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    "name, change, dtype",
+    [
+        ("SANA1.5_1.6B_1024px", None, torch.float32),  # queries have a norm
+        ("Sana_600M_1024px", None, torch.bfloat16),
+        ("Sana_600M_1024px", lambda model: add_adapters(model, 4), torch.float32),
+        ("Sana_600M_1024px", "20 tokens are more than a head of 16 is wide", torch.float32),
+    ],
+    ids=["norm", "bfloat16", "adapters", "long"],
+)
+def test_nothing_is_absorbed_where_it_is_not_the_same_or_more_work(name, change, dtype):
+    config = replace(small(name), num_cross_heads=12) if isinstance(change, str) else small(name)
+    model = random_transformer(config)
+    if callable(change):
+        change(model)
+    with torch.no_grad():
+        context = torch.zeros(1, 20, config.caption_channels, dtype=dtype)
+        prepared = model.to(dtype).prepare_context(context, absorb=True)
+    assert all(isinstance(one, KeysValues) for one in prepared.keys_values)
 
 
 def test_padding_has_no_influence():

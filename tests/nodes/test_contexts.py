@@ -32,29 +32,52 @@ def plain(part, run, *args, **kwargs):
         return run(*args, **kwargs)
 
 
-def lora(patcher, strength):
+def agree(found, expected):
+    """But for rounding, where captions that are prepared once have absorbed projections."""
+    return (found - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def lora(patcher, layer):
     clone = patcher.clone()
-    weight = patcher.model.diffusion_model.blocks[0].cross_attn.kv_linear.weight
-    clone.add_patches({"diffusion_model.blocks.0.cross_attn.kv_linear.weight": (torch.ones_like(weight),)}, strength)
+    weight = patcher.model.diffusion_model.get_parameter(f"blocks.0.cross_attn.{layer}.weight")
+    clone.add_patches({f"diffusion_model.blocks.0.cross_attn.{layer}.weight": (torch.ones_like(weight),)}, 0.1)
     return clone
 
 
 def test_captions_are_prepared_once_and_the_picture_is_the_same(part, patcher, prepared, sample):
     once = sample(patcher)
     assert prepared.call_count == 1
-    assert torch.equal(once, plain(part, sample, patcher))
+    assert agree(once, plain(part, sample, patcher))
     assert prepared.call_count == 1 + STEPS
 
 
-@pytest.mark.parametrize("change", ["prompt", "lora"])
+@pytest.mark.parametrize("change", ["prompt", "kv_linear", "q_linear", "proj"])
 def test_a_change_between_runs_counts(part, patcher, sample, change):
     before = sample(patcher)
-    changed = lora(patcher, 0.1) if change == "lora" else patcher
+    changed = patcher if change == "prompt" else lora(patcher, change)
     prompt = 3 if change == "prompt" else 1
     after = sample(changed, prompt)
-    assert not torch.equal(after, before)
-    assert torch.equal(after, plain(part, sample, changed, prompt))
+    assert not agree(after, before)
+    assert agree(after, plain(part, sample, changed, prompt))
     assert torch.equal(sample(patcher), before)
+
+
+@pytest.mark.parametrize("reason", ["cast", "patches_replace", "optimized_attention_override"])
+def test_projections_are_absorbed_only_where_nothing_else_has_a_say_in_them(part, patcher, sample, reason):
+    layers = part("sana_core.models.layers")
+    with patch.object(layers.CrossAttention, "_absorbed", autospec=True, side_effect=AssertionError("absorbed")):
+        with pytest.raises(AssertionError, match="absorbed"):
+            sample(patcher)
+        clone = patcher.clone()
+        if reason == "cast":
+            clone.model.diffusion_model.x_embedder.proj.comfy_cast_weights = True
+        elif reason == "patches_replace":
+            clone.set_model_attn1_replace(lambda q, k, v, options: v, "block", 0)
+        else:
+            clone.model_options["transformer_options"][reason] = lambda attention, *args, **kwargs: attention(
+                *args, **kwargs
+            )
+        assert sample(clone).isfinite().all()
 
 
 def test_nothing_is_held_after_the_run(patcher, sample):
@@ -113,7 +136,7 @@ def test_an_area_does_not_lend_its_caption_to_the_opposite_side(part, patcher, c
 
     # One conditioning at a time, as where memory is short.
     monkeypatch.setattr(patcher.model, "memory_required", lambda shape, **_: 0 if shape[0] == 1 else float("inf"))
-    assert torch.equal(run(), plain(part, run))
+    assert agree(run(), plain(part, run))
 
 
 @pytest.fixture
