@@ -53,6 +53,13 @@ class ContextCache:
         """The captions of some rows, in the order of the index."""
         return self.each(lambda tensor: tensor[index])
 
+    def of_block(self, index: int, rows: Tensor | None) -> tuple[KeysValues | AbsorbedKeysValues, Tensor | None]:
+        """What block `index` reads of some rows, None is all, and their mask."""
+        caption = self.keys_values[index]
+        if rows is None:
+            return caption, self.mask
+        return type(caption)(*(tensor[rows] for tensor in caption)), None if self.mask is None else self.mask[rows]
+
     def of_branch(self, net: SanaControlNet) -> tuple[KeysValues, ...]:
         """A ControlNet's keys and values: those prepared, or made now."""
         return self.branches[net] if net in self.branches else net.prepare_context(self.features)
@@ -199,21 +206,25 @@ class SanaTransformer(nn.Module):
             tokens = tokens + position_embedding(self.config, height, width, x.device).to(tokens)
         layers = () if perturbation is None else perturbation.layers
         branches: list[Iterator[Tensor]] = []
+        again: Tensor | None = None  # the rows of the batch, and then those that are perturbed once more
         for index, block in enumerate(self.blocks):
             if control and index == 1:
+                captions = context if again is None else context.rows(again)
                 branches = [
-                    one.residuals(self.x_embedder, tokens, context.of_branch(one.net), context.mask, t0, height, width)
+                    one.residuals(
+                        self.x_embedder, tokens, captions.of_branch(one.net), captions.mask, t0, height, width
+                    )
                     for one in control
                 ]
             if layers and index == min(layers):
                 again = torch.arange(len(x) + perturbation.rows, device=x.device)
                 again[len(x) :] -= perturbation.rows
-                tokens, t, t0, context = tokens[again], t[again], t0[again], context.rows(again)
+                tokens, t, t0 = tokens[again], t[again], t0[again]
             for branch in branches:
                 if (residual := next(branch, None)) is not None:
                     tokens = tokens + repeat_last(residual, len(tokens))
             rows = perturbation.rows if index in layers else 0
-            inputs = tokens, context.keys_values[index], context.mask, t0, height, width, rows
+            inputs = tokens, *context.of_block(index, again), t0, height, width, rows
             tokens = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
         return self.final_layer(tokens, t).transpose(1, 2).unflatten(2, (height, width))
 

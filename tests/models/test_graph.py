@@ -266,7 +266,7 @@ def parts():
     [
         ({}, 3),
         ({"pag_guidance_scale": 2.0}, 3),
-        ({"guidance_interval": (0.3, 0.9)}, 5),  # two prompts without guidance are shaped like one with
+        ({"guidance_interval": (0.3, 0.9)}, 6),
         ({"guidance_scale": 1.0, "sampler": "flow_euler"}, 3),
     ],
 )
