@@ -96,14 +96,15 @@ def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """SiLU, a depthwise 3x3 convolution with zeros around the picture, and the gated linear unit of the result.
 
     Args:
-        x: [B, 2C, h, w], best in channels-last layout. Without gradients it is overwritten.
+        x: [B, 2C, h, w], best in channels-last layout. Without gradients or autocast it is overwritten.
         weight: [2C, 1, 3, 3].
         bias: [2C].
 
     Returns:
-        [B, C, h, w], channels-last if x is; without gradients in x's memory.
+        [B, C, h, w], channels-last if x is. In x's memory if that is overwritten.
     """
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias)):
+    tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
+    if tracked or torch.is_autocast_enabled(x.device.type):
         return gated_linear_unit(_depthwise(F.silu(x), weight, bias))
     x = F.silu(x, inplace=True)
     channels = len(weight) // 2
