@@ -5,11 +5,13 @@ from dataclasses import replace
 from functools import partial
 
 import comfy.model_management
+import comfy.ops
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..sana_core.kernels import best_kernels
+from ..sana_core.kernels import QKNorm, best_kernels, reference
+from ..sana_core.models.layers import LinearAttention
 from ..sana_core.models.sana import SanaTransformer
 
 
@@ -28,6 +30,7 @@ class Hooks:
         """Put the hooks in the model that was built with `self.kernels`."""
         self.perturbed_layer = model.config.perturbed_layer
         for index, block in enumerate(model.blocks):
+            block.attn.is_plain = is_plain
             block.attn.kernels = replace(self.kernels, linear_attention=partial(self.linear_attention, index))
             block.forward = partial(self.run_block, index, block.forward)
 
@@ -51,8 +54,10 @@ class Hooks:
         )
         return out.unflatten(2, q.shape[2:])
 
-    def linear_attention(self, index: int, q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
-        """Self-attention of block `index`, or what an "attn1" patch puts in its place.
+    def linear_attention(
+        self, index: int, q: Tensor, k: Tensor, v: Tensor, eps: float, norms: QKNorm | None = None
+    ) -> Tensor:
+        """Self-attention of block `index`, or what an "attn1" patch puts in its place, which gets normed q and k.
 
         UNet models call their innermost block ("middle", 0), and core's PerturbedAttentionGuidance patches that one:
         here it means the block that Sana perturbs. ("block", index) names any block.
@@ -62,7 +67,9 @@ class Hooks:
         if patch is None and index == self.perturbed_layer:
             patch = patches.get(("middle", 0))
         if patch is None:
-            return self.kernels.linear_attention(q, k, v, eps)
+            return self.kernels.linear_attention(q, k, v, eps, norms)
+        if norms is not None:
+            q, k = reference.qk_norm(q, k, norms)
         extra_options = {**self.options, "n_heads": q.shape[2], "dim_head": q.shape[3], "block": ("block", index)}
         return patch(q.flatten(2), k.flatten(2), v.flatten(2), extra_options).unflatten(2, q.shape[2:])
 
@@ -78,3 +85,9 @@ class Hooks:
 
         args = {"img": tokens, "txt": keys_values, "vec": t0, "transformer_options": self.options}
         return patch(args, {"original_block": original_block})["img"]
+
+
+def is_plain(norm: nn.Module) -> bool:
+    """Whether core's norm does what torch's does: it casts, moves and patches no weight when it is called."""
+    idle = not any(getattr(norm, name, True) for name in ("comfy_cast_weights", "weight_function", "bias_function"))
+    return idle and LinearAttention.is_plain(norm, comfy.ops.disable_weight_init.RMSNorm.forward)

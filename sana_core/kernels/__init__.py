@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .reference import QKNorm
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ FIRST_CAPABILITY = (8, 0)  # Ampere: the first with bfloat16 and TF32 tensor cor
 class Kernels:
     """One implementation of each function that `reference` specifies."""
 
-    linear_attention: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    linear_attention: Callable[[Tensor, Tensor, Tensor, float, QKNorm | None], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
     modulate: Callable[[Tensor, Tensor, Tensor], Tensor]
     gated_residual: Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -3,12 +3,22 @@
 Shapes: B batch, N tokens, L caption tokens, H heads, D head width, C = H * D channels.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+class QKNorm(NamedTuple):
+    """Root-mean-square norms of q and k over all C channels, before the split into heads: SANA-1.5 and Sprint."""
+
+    q_weight: Tensor  # [C]
+    k_weight: Tensor  # [C]
+    eps: float  # added to the mean square
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float, norms: QKNorm | None = None) -> Tensor:
     """ReLU linear attention, without mask or scale (Sana, arXiv:2410.10629, section 2.2).
 
     K^T V and the sum of K are the whole state, so the cost is linear in N. The state overflows float16 and loses
@@ -17,12 +27,24 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
     Args:
         q, k, v: [B, N, H, D], before the ReLU.
         eps: added to the normaliser.
+        norms: of q and k, if they are to be normed first.
 
     Returns:
         [B, N, H, D] in v's dtype.
     """
+    if norms is not None:
+        q, k = qk_norm(q, k, norms)
     state, total = linear_attention_state(k, v)
     return linear_attention_output(q, state, total, eps).to(v.dtype)
+
+
+def qk_norm(q: Tensor, k: Tensor, norms: QKNorm) -> tuple[Tensor, Tensor]:
+    """q and k [B, N, H, D], normed."""
+
+    def normed(x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x.flatten(2), weight.shape, weight, norms.eps).unflatten(2, x.shape[2:])
+
+    return normed(q, norms.q_weight), normed(k, norms.k_weight)
 
 
 def linear_attention_state(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

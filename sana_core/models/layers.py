@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import SanaConfig
-from ..kernels import Kernels
+from ..kernels import Kernels, QKNorm
 
 FLOAT16_MAX = 65504.0
 
@@ -112,6 +112,7 @@ class LinearAttention(nn.Module):
     """ReLU linear self-attention; q and k are normalised over all C, before the split into heads."""
 
     EPS = 1e-8  # of the normaliser
+    NORM_EPS = 1e-5
 
     def __init__(self, config: SanaConfig, operations, kernels: Kernels, **factory):
         super().__init__()
@@ -120,21 +121,48 @@ class LinearAttention(nn.Module):
         self.clamps = config.clamps_attention
         self.kernels = kernels
         self.qkv = operations.Linear(size, 3 * size, bias=False, **factory)
-        self.q_norm = operations.RMSNorm(size, eps=1e-5, **factory) if config.qk_norm else nn.Identity()
-        self.k_norm = operations.RMSNorm(size, eps=1e-5, **factory) if config.qk_norm else nn.Identity()
+        self.q_norm = operations.RMSNorm(size, eps=self.NORM_EPS, **factory) if config.qk_norm else nn.Identity()
+        self.k_norm = operations.RMSNorm(size, eps=self.NORM_EPS, **factory) if config.qk_norm else nn.Identity()
         self.proj = operations.Linear(size, size, **factory)
 
     def forward(self, x: Tensor, perturbed_rows: int = 0) -> Tensor:
         """Attention of x [B, N, C]; in the last `perturbed_rows` rows each position attends to itself alone."""
         rows = len(x) - perturbed_rows
         q, k, v = self.qkv(x).chunk(3, dim=-1)
-        q, k = self.q_norm(q[:rows]), self.k_norm(k[:rows])
+        q, k = q[:rows], k[:rows]
+        norms = self._norms(q)
+        if norms is None:
+            q, k = self.q_norm(q), self.k_norm(k)
         heads = (part.unflatten(-1, (-1, self.head_dim)) for part in (q, k, v[:rows]))
-        out = self.kernels.linear_attention(*heads, self.EPS).flatten(2)
+        out = self.kernels.linear_attention(*heads, self.EPS, norms).flatten(2)
         if perturbed_rows:
             out = torch.cat([out, v[rows:]])
         out = self.proj(out)
         return out.clamp(-FLOAT16_MAX, FLOAT16_MAX) if self.clamps else out
+
+    def _norms(self, q: Tensor) -> QKNorm | None:
+        """The norms for the kernel to compute; None where there are none, or they have to be called."""
+        norms = (self.q_norm, self.k_norm)
+        if torch.is_autocast_enabled(q.device.type) or not all(map(self.is_plain, norms)):
+            return None
+        fits = all(
+            (one.eps, one.weight.dtype, one.weight.device) == (self.NORM_EPS, q.dtype, q.device) for one in norms
+        )
+        return QKNorm(self.q_norm.weight, self.k_norm.weight, self.NORM_EPS) if fits else None
+
+    @staticmethod
+    def is_plain(norm: nn.Module, forward: Callable = nn.RMSNorm.forward) -> bool:
+        """Whether a call of the norm is the class's `forward` with the weight that it holds, and nothing else.
+
+        Whoever brings norms that compute like torch's only at times replaces this by what knows when.
+        """
+        return (
+            type(norm).forward is forward
+            and "forward" not in norm.__dict__
+            and norm.elementwise_affine
+            and not (norm._forward_pre_hooks or norm._forward_hooks)
+            and not (norm._backward_pre_hooks or norm._backward_hooks)
+        )
 
 
 class KeysValues(NamedTuple):

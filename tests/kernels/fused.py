@@ -44,17 +44,18 @@ def distance(found, expected):
     return float((found.double() - expected).norm() / expected.norm())
 
 
-def check(name, fused, inputs, *others, gradient=None, slack=2.0):
+def check(name, fused, inputs, *others, gradient=None, slack=2.0, arrange=lambda function: function):
     """Asserts that result and gradients are not further from float64 than the reference's, but for `slack`.
 
-    The result of a launch without autograd has to be the same.
+    The result of a launch without autograd has to be the same. `arrange` makes of a function one of `inputs` and
+    `others`, where its own arguments are not these.
     """
-    specified = getattr(reference, name)
+    fused, specified, formula = (arrange(function) for function in (fused, getattr(reference, name), EXACT[name]))
     shape = specified(*inputs, *others).shape
     gradient = draw(*shape, dtype=inputs[-1].dtype, seed=9) if gradient is None else gradient
     found = run(fused, inputs, gradient, *others)
     expected = run(specified, inputs, gradient, *others)
-    exact = run(EXACT[name], [value.double() for value in inputs], gradient.double(), *others)
+    exact = run(formula, [value.double() for value in inputs], gradient.double(), *others)
     for index, (one, other, truth) in enumerate(zip(found, expected, exact, strict=True)):
         assert one.dtype == other.dtype and one.shape == other.shape
         floor = max(torch.finfo(one.dtype).eps / 2, 2e-7)  # rounding a float64 result, and a few float32 steps
@@ -64,10 +65,17 @@ def check(name, fused, inputs, *others, gradient=None, slack=2.0):
     return found
 
 
-def _linear_attention(q, k, v, eps):
+def _linear_attention(q, k, v, eps, norms=None):
+    if norms is not None:
+        q, k = _normed(q, norms.q_weight, norms.eps), _normed(k, norms.k_weight, norms.eps)
     q, k = q.relu(), k.relu()
     result = torch.einsum("bnhd,bmhd,bmhe->bnhe", q, k, v)
     return result / (torch.einsum("bnhd,bmhd->bnh", q, k)[..., None] + eps)
+
+
+def _normed(x, weight, eps):
+    """RMS norm over heads and their widths [B, N, H, D] together."""
+    return x / (x.square().mean((2, 3), keepdim=True) + eps).sqrt() * weight.view(x.shape[2:])
 
 
 EXACT = {  # the other specifications keep float64

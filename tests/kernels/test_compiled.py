@@ -12,12 +12,21 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 ATTENTION = {"STEPS": 4, "MOST": 4, "D": 32, "WIDTH": 32, "BLOCK": 64, "PRECISION": "tf32x3", "UPCAST": False}
+UNNORMED = {f"{name}_{part}_ptr": None for name in "qk" for part in ("inverse", "weight")}
+NORMED = {**ATTENTION, "UPCAST": True}
+ROWS = {"ROWS": 1, "WIDTH": 4096}
 PICTURE = {"STRIP": 16, "COLUMNS": 8, "CHANNELS": 64}
 KERNELS = [
-    ("linear_attention", "_state_kernel", ATTENTION),
-    ("linear_attention", "_output_kernel", ATTENTION),
-    ("linear_attention", "_query_gradient_kernel", ATTENTION),
-    ("linear_attention", "_key_value_gradient_kernel", ATTENTION),
+    ("linear_attention", "_state_kernel", {**ATTENTION, **UNNORMED}),
+    ("linear_attention", "_output_kernel", {**ATTENTION, **UNNORMED}),
+    ("linear_attention", "_query_gradient_kernel", {**ATTENTION, **UNNORMED}),
+    ("linear_attention", "_key_value_gradient_kernel", {**ATTENTION, **UNNORMED}),
+    ("linear_attention", "_state_kernel", NORMED),
+    ("linear_attention", "_output_kernel", NORMED),
+    ("linear_attention", "_query_gradient_kernel", NORMED),
+    ("linear_attention", "_key_value_gradient_kernel", NORMED),
+    ("qk_norm", "_inverse_kernel", ROWS),
+    ("qk_norm", "_norm_gradient_kernel", {**ROWS, "STEPS": 4}),
     ("modulate", "_modulate_kernel", {"WIDTH": 4096}),
     ("modulate", "_gradient_kernel", {"WIDTH": 4096, "ROWS": 8}),
     ("gated_residual", "_gated_residual_kernel", {"ROWS": 8, "COLUMNS": 256}),
@@ -29,6 +38,7 @@ KERNELS = [
     ("rms_norm", "_gradient_kernel", {"ROWS": 4, "WIDTH": 1024, "STEPS": 4}),
 ]
 PARTIAL = (
+    "inverse_ptr",
     "states_ptr",
     "totals_ptr",
     "gradients_ptr",
@@ -46,7 +56,7 @@ def test_compiles(module, name, constants, capability):
     kernel = getattr(importlib.import_module(f"sana_core.kernels.fused.{module}"), name)
 
     def kind(argument):
-        if argument.endswith("_ptr"):
+        if argument.endswith("_ptr") and argument not in constants:
             return "*fp32" if argument.endswith(PARTIAL) else "*bf16"
         return "constexpr" if argument in constants else "fp32" if argument == "eps" else "i32"
 

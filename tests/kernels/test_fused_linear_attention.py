@@ -1,8 +1,11 @@
 """The fused linear attention against float64 and the reference, on a GPU or in Triton's interpreter."""
 
+import sys
+
 import pytest
 import torch
 
+from sana_core.kernels import QKNorm, reference
 from tests.kernels import fused
 from tests.kernels.fused import DTYPES, check, draw, module_of
 
@@ -79,3 +82,88 @@ def test_keys_and_values_of_different_dtypes(poisoned):
     found = linear_attention(q, k, v.bfloat16(), EPS)
     assert found.dtype == torch.bfloat16
     assert (found - linear_attention(q, k, v.bfloat16().float(), EPS)).abs().max() < 2**-7
+
+
+def with_norms(function):
+    """Linear attention as a function of q, k, v and the weights of the norms."""
+    return lambda q, k, v, q_weight, k_weight: function(q, k, v, EPS, QKNorm(q_weight, k_weight, 1e-5))
+
+
+def weights(channels, dtype=torch.float32):
+    """Of two norms: about 1, and some negative."""
+    return [1 + draw(channels, dtype=dtype, seed=seed) for seed in (3, 4)]
+
+
+def check_normed(projected, weights, **kwargs):
+    return check("linear_attention", linear_attention, [*projected, *weights], arrange=with_norms, **kwargs)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch, tokens, heads", [(1, 1, 1), (2, 63, 3), (1, 500, 1)])
+def test_norms_of_queries_and_keys(poisoned, batch, tokens, heads, dtype):
+    check_normed(qkv(batch, tokens, heads, dtype=dtype), weights(32 * heads, dtype))
+
+
+@pytest.mark.parametrize(
+    "tokens, heads, dtype", [(1000, 1, torch.bfloat16), (9, 36, torch.float32), (5, 70, torch.float16)]
+)
+def test_norms_in_the_sizes_of_the_models(poisoned, tokens, heads, dtype):
+    check_normed(qkv(1, tokens, heads, dtype=dtype), weights(32 * heads, dtype))
+
+
+def test_norms_of_heads_that_do_not_fill_a_block(poisoned):
+    check_normed(qkv(2, 70, 3, 24), weights(72))
+
+
+def test_norms_of_inputs_of_any_layout(poisoned):
+    q, k, v = qkv(2, 40, 2)
+    q = q.transpose(1, 3).contiguous().transpose(1, 3)  # neighbours of a row are apart
+    k = k.transpose(1, 2).contiguous().transpose(1, 2)  # heads are
+    spread = [torch.stack([part, part], dim=1)[:, 0] for part in weights(64)]
+    check_normed([q, k, v], spread, gradient=draw(1, 1, 1, 1).expand(2, 40, 2, 32))
+
+
+def test_norms_in_parts_of_several_blocks(poisoned, monkeypatch):
+    """Of the attention's tokens, and of the rows whose gradients one program of the norms sums up."""
+    attention, norms = module_of(linear_attention), sys.modules[module_of(linear_attention).inverse_rms.__module__]
+    monkeypatch.setattr(attention, "MOST_PARTS", 3)
+    monkeypatch.setattr(attention, "SMALLEST_PART", attention.BLOCK)
+    monkeypatch.setattr(norms, "BLOCK", 64)
+    monkeypatch.setattr(norms, "MOST_PARTS", 3)
+    check_normed(qkv(2, 165, 1), weights(32))
+
+
+def test_norms_give_the_same_bits_again():
+    inputs, gradient = [*qkv(2, 70, 2, dtype=torch.bfloat16), *weights(64, torch.bfloat16)], draw(2, 70, 2, 32)
+    first, second = (fused.run(with_norms(linear_attention), inputs, gradient.bfloat16()) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+def test_a_normed_row_does_not_depend_on_its_neighbours_in_the_batch():
+    projected, both = qkv(3, 70, 2), weights(64)
+    alone = with_norms(linear_attention)(*(part[1:2] for part in projected), *both)
+    assert torch.equal(with_norms(linear_attention)(*projected, *both)[1:2], alone)
+
+
+def test_normed_queries_and_keys_are_not_rounded():
+    """In 16 bits plain PyTorch rounds them, so that it is further from the truth."""
+    inputs = [*qkv(1, 200, 2, dtype=torch.bfloat16), *weights(64, torch.bfloat16)]
+    truth = with_norms(fused.EXACT["linear_attention"])(*(value.double() for value in inputs))
+    wide = with_norms(linear_attention)(*(value.float() for value in inputs))
+    found, plain = (with_norms(function)(*inputs) for function in (linear_attention, reference.linear_attention))
+    assert fused.distance(wide, truth) < 1e-6
+    assert (found - wide).abs().max() <= 2**-8 * wide.abs().max()
+    assert fused.distance(found, truth) < 0.8 * fused.distance(plain, truth)
+
+
+def test_norms_that_do_not_fit_are_refused():
+    """Not read past their end."""
+    with pytest.raises(RuntimeError, match="normalized_shape"):
+        with_norms(linear_attention)(*qkv(1, 5, 2), *weights(32))
+
+
+def test_rows_too_wide_for_the_norms_take_the_reference(monkeypatch):
+    monkeypatch.setattr(module_of(linear_attention), "WIDEST_ROW", 32)
+    inputs = [*qkv(1, 5, 2), *weights(64)]
+    expected = with_norms(reference.linear_attention)(*inputs)
+    assert torch.equal(with_norms(linear_attention)(*inputs), expected)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from .. import REFERENCE
+from .. import REFERENCE, QKNorm
 from .gated_depthwise import gated_depthwise
 from .gated_residual import gated_residual
 from .linear_attention import linear_attention
@@ -37,15 +37,18 @@ def check_on(device: torch.device) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, torch.bfloat16).requires_grad_()
 
-    arguments = {
-        "linear_attention": (draw(1, 20, 2, 32), draw(1, 20, 2, 32), draw(1, 20, 2, 32), 1e-8),
-        "modulate": (draw(1, 20, 64), draw(1, 1, 64), draw(1, 1, 64)),
-        "gated_residual": (draw(1, 20, 64), draw(1, 1, 64), draw(1, 20, 64)),
-        "gated_depthwise": (draw(1, 64, 4, 5), draw(64, 1, 3, 3), draw(64)),
-        "rms_norm": (draw(1, 4, 5, 64), draw(64), draw(64), draw(1, 4, 5, 64), 1e-5),
-    }
-    for name, given in arguments.items():
-        inputs = [value for value in given if isinstance(value, torch.Tensor)]
+    queries_keys_values = [draw(1, 20, 2, 32) for _ in range(3)]
+    calls = [
+        ("linear_attention", (*queries_keys_values, 1e-8)),
+        ("linear_attention", (*queries_keys_values, 1e-8, QKNorm(draw(64), draw(64), 1e-5))),
+        ("modulate", (draw(1, 20, 64), draw(1, 1, 64), draw(1, 1, 64))),
+        ("gated_residual", (draw(1, 20, 64), draw(1, 1, 64), draw(1, 20, 64))),
+        ("gated_depthwise", (draw(1, 64, 4, 5), draw(64, 1, 3, 3), draw(64))),
+        ("rms_norm", (draw(1, 4, 5, 64), draw(64), draw(64), draw(1, 4, 5, 64), 1e-5)),
+    ]
+    for name, given in calls:
+        values = [part for value in given for part in (value if isinstance(value, QKNorm) else [value])]
+        inputs = [value for value in values if isinstance(value, torch.Tensor)]
         with torch.enable_grad():
             results = [getattr(kernels, name)(*given) for kernels in (FUSED, REFERENCE)]
             found, expected = ([one, *torch.autograd.grad(one.sum(), inputs)] for one in results)

@@ -10,8 +10,12 @@ gradient g follow a = g / d and c = -(a . n) / d, and from them
 
     dq' = a S^T + c z    dS = q'^T a    dz = sum of c q'    dk' = v dS^T + dz    dv = k' dS
 
+Where q and k have norms, they are normed as they are loaded; `qk_norm` has the rest of it.
+
 Shapes: B batch, N tokens, H heads, D head width, P parts. Programs: (B * H, P).
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,13 +24,25 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
+from ..reference import QKNorm
 from .launch import INTERPRETED, device_of, dot_precision, rounded, runs_here, tracked, with_dense_rows
+from .qk_norm import WIDEST_ROW, inverse_rms, norm_gradients
 
 BLOCK = 64  # tokens that a program loads at once
 SMALLEST_PART = 256  # tokens; less would read the partial states more often than it saves
 MOST_PARTS = 16
 WARPS = 4
 WIDEST_HEAD = 128  # the state of a wider head does not fit into the registers
+
+
+class RowNorm(NamedTuple):
+    """The RMS norm of q or of k, as the kernels apply it."""
+
+    inverse: Tensor | None  # [B, N], 1 / rms of the rows, float32
+    weight: Tensor | None  # [C]
+
+
+UNNORMED = RowNorm(None, None)
 
 
 @triton.jit
@@ -43,7 +59,13 @@ def _store_rows(base, row_stride, rows, columns, N, D: tl.constexpr, values):
 
 
 @triton.jit
-def _relu(x):
+def _load_positive(base, row_stride, rows, columns, N, D: tl.constexpr, inverse_ptr, weight_ptr, head, H):
+    """relu of rows of q or k, after their norm where there is one; `head` counts the heads of the whole batch."""
+    x = _load_rows(base, row_stride, rows, columns, N, D)
+    if weight_ptr is not None:
+        inverse = tl.load(inverse_ptr + (head // H) * N + rows, mask=rows < N, other=0.0)
+        weight = tl.load(weight_ptr + (head % H) * D + columns, mask=columns < D, other=0.0).to(tl.float32)
+        x = x.to(tl.float32) * inverse[:, None] * weight[None, :]
     return tl.where(x > 0, x, tl.zeros_like(x))
 
 
@@ -71,7 +93,7 @@ def _sum_parts(states_ptr, totals_ptr, head, heads, parts, MOST: tl.constexpr, D
 
 @triton.jit
 def _state_kernel(
-    k_ptr, v_ptr, states_ptr, totals_ptr,
+    k_ptr, v_ptr, k_inverse_ptr, k_weight_ptr, states_ptr, totals_ptr,
     k_batch, k_row, k_head, v_batch, v_row, v_head,
     N, H,
     STEPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
@@ -87,7 +109,7 @@ def _state_kernel(
     sums = tl.zeros((BLOCK, WIDTH), tl.float32)
     for step in range(STEPS):
         rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        k = _relu(_load_rows(k_ptr, k_row, rows, columns, N, D))
+        k = _load_positive(k_ptr, k_row, rows, columns, N, D, k_inverse_ptr, k_weight_ptr, head, H)
         v = _load_rows(v_ptr, v_row, rows, columns, N, D)
         sums += k.to(tl.float32)
         if UPCAST:
@@ -99,7 +121,7 @@ def _state_kernel(
 
 @triton.jit
 def _output_kernel(
-    q_ptr, states_ptr, totals_ptr, out_ptr,
+    q_ptr, q_inverse_ptr, q_weight_ptr, states_ptr, totals_ptr, out_ptr,
     q_batch, q_row, q_head, out_batch, out_row, out_head,
     N, H, parts, eps,
     MOST: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
@@ -114,7 +136,7 @@ def _output_kernel(
     state, total = _sum_parts(states_ptr, totals_ptr, head, tl.num_programs(0), parts, MOST, D, WIDTH)
     for step in range(STEPS):
         rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        q = _relu(_load_rows(q_ptr, q_row, rows, columns, N, D)).to(tl.float32)
+        q = _load_positive(q_ptr, q_row, rows, columns, N, D, q_inverse_ptr, q_weight_ptr, head, H).to(tl.float32)
         normaliser = tl.sum(q * total[None, :], 1) + eps
         out = tl.dot(q, state, input_precision=PRECISION) / normaliser[:, None]
         _store_rows(out_ptr, out_row, rows, columns, N, D, out)
@@ -122,13 +144,14 @@ def _output_kernel(
 
 @triton.jit
 def _query_gradient_kernel(
-    q_ptr, g_ptr, states_ptr, totals_ptr, dq_ptr, state_gradients_ptr, total_gradients_ptr,
+    q_ptr, q_inverse_ptr, q_weight_ptr, g_ptr, states_ptr, totals_ptr,
+    dq_ptr, state_gradients_ptr, total_gradients_ptr,
     q_batch, q_row, q_head, g_batch, g_row, g_head, dq_batch, dq_row, dq_head,
     N, H, parts, eps,
     MOST: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward pass 1: dq, and one part's share of the gradients of state and total."""
+    """Backward pass 1: dq (of normed q), and one part's share of the gradients of state and total."""
     head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     q_ptr += (head // H) * q_batch + (head % H) * q_head
@@ -140,7 +163,7 @@ def _query_gradient_kernel(
     total_gradients = tl.zeros((BLOCK, WIDTH), tl.float32)
     for step in range(STEPS):
         rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        q = _relu(_load_rows(q_ptr, q_row, rows, columns, N, D)).to(tl.float32)
+        q = _load_positive(q_ptr, q_row, rows, columns, N, D, q_inverse_ptr, q_weight_ptr, head, H).to(tl.float32)
         normaliser = tl.sum(q * total[None, :], 1) + eps
         # Divided first: a product with g would overflow where the normaliser is large, and underflow where it is not.
         out = tl.dot(q, state, input_precision=PRECISION) / normaliser[:, None]
@@ -157,13 +180,13 @@ def _query_gradient_kernel(
 
 @triton.jit
 def _key_value_gradient_kernel(
-    k_ptr, v_ptr, state_gradients_ptr, total_gradients_ptr, dk_ptr, dv_ptr,
+    k_ptr, v_ptr, k_inverse_ptr, k_weight_ptr, state_gradients_ptr, total_gradients_ptr, dk_ptr, dv_ptr,
     k_batch, k_row, k_head, v_batch, v_row, v_head, dk_batch, dk_row, dk_head, dv_batch, dv_row, dv_head,
     N, H, parts,
     MOST: tl.constexpr, STEPS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Backward pass 2: dk and dv of one part."""
+    """Backward pass 2: dk (of normed k) and dv of one part."""
     head = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     k_ptr += (head // H) * k_batch + (head % H) * k_head
@@ -176,7 +199,7 @@ def _key_value_gradient_kernel(
     )
     for step in range(STEPS):
         rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        k = _relu(_load_rows(k_ptr, k_row, rows, columns, N, D)).to(tl.float32)
+        k = _load_positive(k_ptr, k_row, rows, columns, N, D, k_inverse_ptr, k_weight_ptr, head, H).to(tl.float32)
         v = _load_rows(v_ptr, v_row, rows, columns, N, D).to(tl.float32)
         dk = tl.dot(v, tl.trans(state_gradient), input_precision=PRECISION) + total_gradient[None, :]
         _store_rows(dk_ptr, dk_row, rows, columns, N, D, tl.where(k > 0, dk, 0.0))
@@ -207,20 +230,24 @@ def _empty_states(like: Tensor, parts: int) -> tuple[Tensor, Tensor]:
     return states, torch.empty(parts, batch * heads, width, dtype=torch.float32, device=like.device)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, eps: float, q_norm: RowNorm = UNNORMED, k_norm: RowNorm = UNNORMED
+) -> tuple[Tensor, Tensor, Tensor]:
     """Output [B, N, H, D], and the states [P, B * H, D, D] and totals [P, B * H, D] of the parts."""
     batch, tokens, heads, _ = k.shape
     parts, steps = _parts(tokens)
     states, totals = _empty_states(k, parts)
     query_parts, query_steps = _parts(q.shape[1])
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
+    # Normed keys are float32, for the dot to take as they are.
+    upcast = INTERPRETED or k.dtype != v.dtype or k_norm.weight is not None
     with device_of(q):
         _state_kernel[batch * heads, parts](
-            k, v, states, totals, *k.stride()[:3], *v.stride()[:3], tokens, heads,
-            STEPS=steps, UPCAST=INTERPRETED or k.dtype != v.dtype, **_constants(k, v),
+            k, v, *k_norm, states, totals, *k.stride()[:3], *v.stride()[:3], tokens, heads,
+            STEPS=steps, UPCAST=upcast, **_constants(k, v),
         )  # fmt: skip
         _output_kernel[batch * heads, query_parts](
-            q, states, totals, out, *q.stride()[:3], *out.stride()[:3],
+            q, *q_norm, states, totals, out, *q.stride()[:3], *out.stride()[:3],
             q.shape[1], heads, parts, eps,
             MOST=triton.next_power_of_2(parts), STEPS=query_steps, **_constants(q),
         )  # fmt: skip
@@ -228,24 +255,29 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, eps: float) -> tuple[Tensor, Tenso
 
 
 def _backward(
-    q: Tensor, k: Tensor, v: Tensor, states: Tensor, totals: Tensor, eps: float, gradient: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v."""
+    q: Tensor, k: Tensor, v: Tensor, states: Tensor, totals: Tensor, eps: float, gradient: Tensor,
+    q_norm: RowNorm = UNNORMED, k_norm: RowNorm = UNNORMED,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k and v; where q and k have norms, of the normed ones, in float32."""
     batch, tokens, heads, _ = k.shape
     gradient = with_dense_rows(gradient)
     query_parts, query_steps = _parts(q.shape[1])
     state_gradients, total_gradients = _empty_states(k, query_parts)
-    dq, dk, dv = (torch.empty(part.shape, dtype=part.dtype, device=part.device) for part in (q, k, v))
+    dq, dk = (
+        torch.empty(x.shape, dtype=x.dtype if norm.weight is None else torch.float32, device=x.device)
+        for x, norm in ((q, q_norm), (k, k_norm))
+    )
+    dv = torch.empty(v.shape, dtype=v.dtype, device=v.device)
     parts, steps = _parts(tokens)
     with device_of(q):
         _query_gradient_kernel[batch * heads, query_parts](
-            q, gradient, states, totals, dq, state_gradients, total_gradients,
+            q, *q_norm, gradient, states, totals, dq, state_gradients, total_gradients,
             *q.stride()[:3], *gradient.stride()[:3], *dq.stride()[:3],
             q.shape[1], heads, parts, eps,
             MOST=triton.next_power_of_2(parts), STEPS=query_steps, **_constants(q, gradient),
         )  # fmt: skip
         _key_value_gradient_kernel[batch * heads, parts](
-            k, v, state_gradients, total_gradients, dk, dv,
+            k, v, *k_norm, state_gradients, total_gradients, dk, dv,
             *k.stride()[:3], *v.stride()[:3], *dk.stride()[:3], *dv.stride()[:3],
             tokens, heads, query_parts,
             MOST=triton.next_power_of_2(query_parts), STEPS=steps, **_constants(k, v),
@@ -267,9 +299,49 @@ class _LinearAttention(torch.autograd.Function):
         return *_backward(*ctx.saved_tensors, ctx.eps, gradient), None
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float) -> Tensor:
+class _NormedLinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, eps, q_weight, k_weight, norm_eps):
+        q_norm, k_norm = _row_norms(q, k, QKNorm(q_weight, k_weight, norm_eps))
+        out, states, totals = _forward(q, k, v, eps, q_norm, k_norm)
+        ctx.save_for_backward(q, k, v, states, totals, *q_norm, *k_norm)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        q, k, v, states, totals, *norms = ctx.saved_tensors
+        q_norm, k_norm = RowNorm(*norms[:2]), RowNorm(*norms[2:])
+        dq, dk, dv = _backward(q, k, v, states, totals, ctx.eps, gradient, q_norm, k_norm)
+        dq, dq_weight = norm_gradients(q, *q_norm, dq)
+        dk, dk_weight = norm_gradients(k, *k_norm, dk)
+        return dq, dk, dv, None, dq_weight, dk_weight, None
+
+
+def _row_norms(q: Tensor, k: Tensor, norms: QKNorm) -> tuple[RowNorm, RowNorm]:
+    q_inverse, k_inverse = inverse_rms(q, k, norms.eps)
+    return RowNorm(q_inverse, norms.q_weight), RowNorm(k_inverse, norms.k_weight)
+
+
+def _normed(q: Tensor, k: Tensor, v: Tensor, eps: float, norms: QKNorm) -> Tensor:
+    # Heads side by side, as one projection leaves them: then this copies nothing.
+    q, k = (with_dense_rows(x.flatten(2)).unflatten(2, x.shape[2:]) for x in (q, k))
+    norms = QKNorm(norms.q_weight.contiguous(), norms.k_weight.contiguous(), norms.eps)
+    if tracked(q, k, v, *norms[:2]):
+        return _NormedLinearAttention.apply(q, k, v, eps, *norms)
+    return _forward(q, k, v, eps, *_row_norms(q, k, norms))[0]
+
+
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float, norms: QKNorm | None = None) -> Tensor:
     """`reference.linear_attention`, fused."""
-    if not runs_here(q, k, v) or q.shape[-1] > WIDEST_HEAD:
-        return reference.linear_attention(q, k, v, eps)
-    q, k, v = (with_dense_rows(part) for part in (q, k, v))
+    weights = [] if norms is None else norms[:2]
+    channels = q.shape[-2] * q.shape[-1]
+    known = q.shape[-1] <= WIDEST_HEAD and all(x.shape == (channels,) and channels <= WIDEST_ROW for x in weights)
+    if not (known and runs_here(q, k, v, *weights)):
+        return reference.linear_attention(q, k, v, eps, norms)
+    v = with_dense_rows(v)
+    if norms is not None:
+        return _normed(q, k, v, eps, norms)
+    q, k = with_dense_rows(q), with_dense_rows(k)
     return _LinearAttention.apply(q, k, v, eps) if tracked(q, k, v) else _forward(q, k, v, eps)[0]
