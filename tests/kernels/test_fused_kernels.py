@@ -16,8 +16,9 @@ from sana_core.kernels import fused as package  # noqa: E402
 from sana_core.kernels.fused import FUSED, check_on  # noqa: E402
 
 
-def test_a_model_computes_and_learns_the_same():
-    config = replace(tiny.transformer().config, depth=1)
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_a_model_computes_and_learns_the_same(qk_norm):
+    config = replace(tiny.transformer().config, depth=1, qk_norm=qk_norm)
     model, other = (SanaTransformer(config, kernels=one).to(fused.device()) for one in (REFERENCE, FUSED))
     other.load_state_dict(model.state_dict())
     results = []
@@ -45,7 +46,11 @@ def test_what_the_kernels_do_not_know_is_left_to_the_reference():
 
 def test_the_probe_runs_every_kernel(monkeypatch):
     check_on(torch.device(fused.device()))
-    wrong = replace(FUSED, gated_residual=lambda x, gate, branch: x - gate * branch)
-    monkeypatch.setattr(package, "FUSED", wrong)
-    with pytest.raises(RuntimeError, match="gated_residual is off"):
-        check_on(torch.device(fused.device()))
+    linear_attention = FUSED.linear_attention
+    for name, other in {
+        "gated_residual": lambda x, gate, branch: x - gate * branch,
+        "linear_attention": lambda *qkv_eps_norms: linear_attention(*qkv_eps_norms[:4]),
+    }.items():
+        monkeypatch.setattr(package, "FUSED", replace(FUSED, **{name: other}))
+        with pytest.raises(RuntimeError, match=f"{name} is off"):
+            check_on(torch.device(fused.device()))
