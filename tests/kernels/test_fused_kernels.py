@@ -46,11 +46,14 @@ def test_what_the_kernels_do_not_know_is_left_to_the_reference():
 
 def test_the_probe_runs_every_kernel(monkeypatch):
     check_on(torch.device(fused.device()))
-    linear_attention = FUSED.linear_attention
-    for name, other in {
-        "gated_residual": lambda x, gate, branch: x - gate * branch,
-        "linear_attention": lambda *qkv_eps_norms: linear_attention(*qkv_eps_norms[:4]),
-    }.items():
-        monkeypatch.setattr(package, "FUSED", replace(FUSED, **{name: other}))
-        with pytest.raises(RuntimeError, match=f"{name} is off"):
+
+    def opposite_keys(q, k, v, eps, norms=None, right=FUSED.linear_attention):
+        return right(q, k, v, eps, None if norms is None else norms._replace(k_weight=-norms.k_weight))
+
+    for wrong in (
+        {"gated_residual": lambda x, gate, branch: x - gate * branch},
+        {"linear_attention": opposite_keys},
+    ):
+        monkeypatch.setattr(package, "FUSED", replace(FUSED, **wrong))
+        with pytest.raises(RuntimeError, match=f"{next(iter(wrong))} is off"):
             check_on(torch.device(fused.device()))

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sana_core.kernels import reference
+from sana_core.kernels import QKNorm, reference
 
 
 def draw(*shape, seed=0):
@@ -18,6 +18,23 @@ def test_linear_attention_is_normalised_relu_attention():
     expected = torch.einsum("bhnm,bmhd->bnhd", weights, v.double())
     out = reference.linear_attention(q, k, v, 1e-8)
     assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def test_norms_of_queries_and_keys_take_all_heads_together():
+    q, k, v = (draw(2, 63, 3, 8, seed=seed) for seed in range(3))
+    weights = [1 + draw(24, seed=seed) for seed in (3, 4)]
+    normed = []
+    for x, weight in zip((q, k), weights, strict=True):
+        x = x.double().flatten(2)
+        x = x / (x.square().sum(-1, keepdim=True) / 24 + 1e-5).sqrt() * weight.double()
+        normed.append(x.unflatten(2, (3, 8)))
+    scores = torch.einsum("bnhd,bmhd->bhnm", *(x.relu() for x in normed))
+    expected = torch.einsum("bhnm,bmhd->bnhd", scores / (scores.sum(-1, keepdim=True) + 1e-8), v.double())
+    norms = QKNorm(*weights, 1e-5)
+    out = reference.linear_attention(q, k, v, 1e-8, norms)
+    assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+    for found, exact in zip(reference.qk_norm(q, k, norms), normed, strict=True):
+        assert found.shape == exact.shape and (found - exact).abs().max() < 1e-6 * exact.abs().max()
 
 
 def test_linear_attention_keeps_its_state_in_float32():
