@@ -167,3 +167,15 @@ def test_rows_too_wide_for_the_norms_take_the_reference(monkeypatch):
     inputs = [*qkv(1, 5, 2), *weights(64)]
     expected = with_norms(reference.linear_attention)(*inputs)
     assert torch.equal(with_norms(linear_attention)(*inputs), expected)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_what_is_not_a_number_is_not_hidden(normed):
+    """The reference's ReLU hands NaN on, and so the sampler can report it."""
+    function = with_norms(linear_attention) if normed else lambda q, k, v, *_: linear_attention(q, k, v, EPS)
+    for place in (0, 1):
+        inputs = [*qkv(1, 5, 2), *weights(64)]
+        inputs[place] = inputs[place].clone()
+        inputs[place][0, 2, 1, 7] = torch.nan
+        found = function(*inputs).isnan()
+        assert found[0, 2, 1].all() if place == 0 else found[0, :, 1].all()

@@ -66,7 +66,7 @@ def _load_positive(base, row_stride, rows, columns, N, D: tl.constexpr, inverse_
         inverse = tl.load(inverse_ptr + (head // H) * N + rows, mask=rows < N, other=0.0)
         weight = tl.load(weight_ptr + (head % H) * D + columns, mask=columns < D, other=0.0).to(tl.float32)
         x = x.to(tl.float32) * inverse[:, None] * weight[None, :]
-    return tl.where(x > 0, x, tl.zeros_like(x))
+    return tl.where(x < 0, tl.zeros_like(x), x)  # NaN stays, for whoever looks for it
 
 
 @triton.jit
