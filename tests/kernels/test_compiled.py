@@ -12,19 +12,18 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 ATTENTION = {"STEPS": 4, "MOST": 4, "D": 32, "WIDTH": 32, "BLOCK": 64, "PRECISION": "tf32x3", "UPCAST": False}
-UNNORMED = {f"{name}_{part}_ptr": None for name in "qk" for part in ("inverse", "weight")}
-NORMED = {**ATTENTION, "UPCAST": True}
+UNNORMED = ATTENTION | {f"{name}_{part}_ptr": None for name in "qk" for part in ("inverse", "weight")}
 ROWS = {"ROWS": 1, "WIDTH": 4096}
 PICTURE = {"STRIP": 16, "COLUMNS": 8, "CHANNELS": 64}
 KERNELS = [
-    ("linear_attention", "_state_kernel", {**ATTENTION, **UNNORMED}),
-    ("linear_attention", "_output_kernel", {**ATTENTION, **UNNORMED}),
-    ("linear_attention", "_query_gradient_kernel", {**ATTENTION, **UNNORMED}),
-    ("linear_attention", "_key_value_gradient_kernel", {**ATTENTION, **UNNORMED}),
-    ("linear_attention", "_state_kernel", NORMED),
-    ("linear_attention", "_output_kernel", NORMED),
-    ("linear_attention", "_query_gradient_kernel", NORMED),
-    ("linear_attention", "_key_value_gradient_kernel", NORMED),
+    ("linear_attention", "_state_kernel", UNNORMED),
+    ("linear_attention", "_output_kernel", UNNORMED),
+    ("linear_attention", "_query_gradient_kernel", UNNORMED),
+    ("linear_attention", "_key_value_gradient_kernel", UNNORMED),
+    ("linear_attention", "_state_kernel", ATTENTION),
+    ("linear_attention", "_output_kernel", ATTENTION),
+    ("linear_attention", "_query_gradient_kernel", ATTENTION),
+    ("linear_attention", "_key_value_gradient_kernel", ATTENTION),
     ("qk_norm", "_inverse_kernel", ROWS),
     ("qk_norm", "_norm_gradient_kernel", {**ROWS, "STEPS": 4}),
     ("modulate", "_modulate_kernel", {"WIDTH": 4096}),

@@ -110,6 +110,8 @@ def _state_kernel(
     for step in range(STEPS):
         rows = (part * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
         k = _load_positive(k_ptr, k_row, rows, columns, N, D, k_inverse_ptr, k_weight_ptr, head, H)
+        if k_weight_ptr is not None:  # rounded as a norm writes them: a product in float32 takes three in 16 bits
+            k = rounded(k, k_ptr.dtype.element_ty)
         v = _load_rows(v_ptr, v_row, rows, columns, N, D)
         sums += k.to(tl.float32)
         if UPCAST:
@@ -239,12 +241,10 @@ def _forward(
     states, totals = _empty_states(k, parts)
     query_parts, query_steps = _parts(q.shape[1])
     out = torch.empty(q.shape, dtype=v.dtype, device=q.device)
-    # Normed keys are float32, for the dot to take as they are.
-    upcast = INTERPRETED or k.dtype != v.dtype or k_norm.weight is not None
     with device_of(q):
         _state_kernel[batch * heads, parts](
             k, v, *k_norm, states, totals, *k.stride()[:3], *v.stride()[:3], tokens, heads,
-            STEPS=steps, UPCAST=upcast, **_constants(k, v),
+            STEPS=steps, UPCAST=INTERPRETED or k.dtype != v.dtype, **_constants(k, v),
         )  # fmt: skip
         _output_kernel[batch * heads, query_parts](
             q, *q_norm, states, totals, out, *q.stride()[:3], *out.stride()[:3],
