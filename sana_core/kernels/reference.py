@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+AT_ONCE = 1 << 23  # numbers that the feed-forward's convolution makes before it writes them over its input's
+
 
 class QKNorm(NamedTuple):
     """Root-mean-square norms of q and k over all C channels, before the split into heads: SANA-1.5 and Sprint."""
@@ -123,16 +125,18 @@ def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         bias: [2C].
 
     Returns:
-        [B, C, h, w], channels-last if x is. In x's memory if that is overwritten.
+        [B, C, h, w], in x's layout, but perhaps a half of the channels of something larger.
     """
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
     if tracked or torch.is_autocast_enabled(x.device.type):
         return gated_linear_unit(_depthwise(F.silu(x), weight, bias))
     x = F.silu(x, inplace=True)
+    if x.numel() <= AT_ONCE:
+        return gated_linear_unit(_depthwise(x, weight, bias))
+    # Much new memory, in each block anew, costs a processor as much time as the convolution, since the operating system
+    # hands it out page by page: so a few channels at a time, whose results go where their values were.
     channels = len(weight) // 2
-    # A half of the channels at a time: new memory of x's size, in each block anew, costs a processor more time than the
-    # convolutions do, as the operating system hands it out page by page.
-    step = (channels + 1) // 2
+    step = max(1, channels * AT_ONCE // x.numel())
     for start in range(0, channels, step):
         value = slice(start, min(start + step, channels))
         gate = slice(channels + value.start, channels + value.stop)

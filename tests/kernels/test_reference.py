@@ -94,15 +94,16 @@ def test_gated_depthwise_and_its_gradients():
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("channels", [1, 3, 4])
-def test_gated_depthwise_without_gradients_computes_in_place(channels, layout):
+@pytest.mark.parametrize("at_once", [2, 100, 1000])
+def test_gated_depthwise_without_gradients(channels, layout, at_once, monkeypatch):
+    """At once, some channels at a time, and each on its own."""
+    monkeypatch.setattr(reference, "AT_ONCE", at_once)
     picture, weight, bias = draw(2, 2 * channels, 3, 5), draw(2 * channels, 1, 3, 3, seed=1), draw(2 * channels, seed=2)
     expected = F.conv2d(F.silu(picture), weight, bias, padding=1, groups=2 * channels)
     expected = expected[:, :channels] * F.silu(expected[:, channels:])
-    picture = picture.clone(memory_format=layout)
     weight.requires_grad_()
     with torch.no_grad():
-        actual = reference.gated_depthwise(picture, weight, bias)
-    assert actual.data_ptr() == picture.data_ptr()
+        actual = reference.gated_depthwise(picture.clone(memory_format=layout), weight, bias)
     assert torch.allclose(actual, expected, atol=1e-6)
 
 
