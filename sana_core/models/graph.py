@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .controlnet import Control
+from .layers import AbsorbedKeysValues
 from .sana import ContextCache, Perturbation
 
 log = logging.getLogger(__name__)
@@ -212,6 +213,7 @@ def _is_fixed(x: Tensor, context: Tensor | ContextCache, control: Sequence[Contr
     """Whether a call does the same whatever the values of its inputs are, and is small enough to gain from a graph."""
     return (
         isinstance(context, ContextCache)
+        and not any(isinstance(one, AbsorbedKeysValues) for one in context.keys_values)  # cut by their lengths
         and not any(one.strength for one in control)
         and len(x) * x.shape[-2] * x.shape[-1] <= MOST_TOKENS
         and not torch.is_grad_enabled()

@@ -175,12 +175,14 @@ class KeysValues(NamedTuple):
 class AbsorbedKeysValues(NamedTuple):
     """Keys and values that have absorbed the projections of queries and results, in front of and behind them.
 
-    Both products are linear, so their order is free: q k^T = x (W_q k^T), and (p v) W_o = p (v W_o).
+    Both products are linear, so their order is free: q k^T = x (W_q k^T), and (p v) W_o = p (v W_o). All heads of a
+    caption's first token come first, so that the end of a row is padding.
     """
 
-    keys: Tensor  # [B, C, H * L], scaled
-    bias: Tensor  # [B, 1, H * L], of the scores; -inf at padding
-    values: Tensor  # [B, H * L, C]
+    keys: Tensor  # [B, C, L * H], scaled
+    bias: Tensor  # [B, L * H], of the scores
+    values: Tensor  # [B, L * H, C]
+    lengths: Tensor  # [B], how many of the L tokens count
 
 
 class CrossAttention(nn.Module):
@@ -224,20 +226,28 @@ class CrossAttention(nn.Module):
         k = k * k.shape[-1] ** -0.5
         w_q = self.q_linear.weight.unflatten(0, (self.num_heads, -1))  # [H, D, C]
         w_o = self.proj.weight.t().unflatten(0, (self.num_heads, -1))  # [H, D, C]
-        bias = (k @ self.q_linear.bias.view(self.num_heads, -1, 1)).squeeze(-1)  # [B, H, L]
-        if mask is not None:
-            bias = bias.masked_fill(~mask[:, None], -math.inf)
+        bias = k @ self.q_linear.bias.view(self.num_heads, -1, 1)  # [B, H, L, 1]
         # A head's probabilities add up to 1, so that each of the heads may bring its share of the bias.
         values = v @ w_o + self.proj.bias / self.num_heads
-        return AbsorbedKeysValues((k @ w_q).flatten(1, 2).mT, bias.flatten(1)[:, None], values.flatten(1, 2))
+        keys, bias, values = (part.transpose(1, 2).flatten(1, 2) for part in (k @ w_q, bias, values))
+        lengths = torch.full((len(k),), k.shape[2]) if mask is None else mask.sum(dim=1)
+        return AbsorbedKeysValues(keys.mT, bias.squeeze(-1), values, lengths)
 
     def forward(self, x: Tensor, caption: KeysValues | AbsorbedKeysValues, mask: Tensor | None) -> Tensor:
         """Attention of x [B, N, C]; mask: [B, L] bool, or None."""
         if isinstance(caption, AbsorbedKeysValues):
-            scores = torch.baddbmm(caption.bias, x, caption.keys).unflatten(-1, (self.num_heads, -1))
-            return scores.softmax(dim=-1).flatten(2) @ caption.values
+            return self._attend(x, caption)
         q = self.q_norm(self.q_linear(x)).unflatten(-1, (self.num_heads, -1))
         return self.proj(self.kernels.attention(q, *caption, mask).flatten(2))
+
+    def _attend(self, x: Tensor, caption: AbsorbedKeysValues) -> Tensor:
+        out = torch.empty_like(x)
+        for row, length in enumerate(caption.lengths.tolist()):
+            end = length * self.num_heads
+            scores = torch.addmm(caption.bias[row, :end], x[row], caption.keys[row, :, :end])
+            probabilities = scores.unflatten(-1, (length, self.num_heads)).softmax(dim=-2).flatten(-2)
+            torch.mm(probabilities, caption.values[row, :end], out=out[row])
+        return out
 
 
 class ConvLayer(nn.Module):

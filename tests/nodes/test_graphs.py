@@ -13,6 +13,12 @@ from tests.recorder import PlainRecorder
 STEPS = 4
 
 
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(part, monkeypatch):
+    """Where no projection is absorbed."""
+    monkeypatch.setattr(part("sana_core.models.layers").CrossAttention, "_absorbs", lambda *_: False)
+
+
 @pytest.fixture(scope="module")
 def path(tiny_models):
     return tiny_models / "diffusion_models" / "tiny.safetensors"
