@@ -234,11 +234,11 @@ class CrossAttention(nn.Module):
         return AbsorbedKeysValues(keys.mT, bias.squeeze(-1), values, lengths)
 
     def forward(self, x: Tensor, caption: KeysValues | AbsorbedKeysValues, mask: Tensor | None) -> Tensor:
-        """Attention of x [B, N, C]; mask: [B, L] bool, or None."""
+        """x [B, N, C] plus its attention; mask: [B, L] bool, or None."""
         if isinstance(caption, AbsorbedKeysValues):
             return self._attend(x, caption)
         q = self.q_norm(self.q_linear(x)).unflatten(-1, (self.num_heads, -1))
-        return self.proj(self.kernels.attention(q, *caption, mask).flatten(2))
+        return x + self.proj(self.kernels.attention(q, *caption, mask).flatten(2))
 
     def _attend(self, x: Tensor, caption: AbsorbedKeysValues) -> Tensor:
         out = torch.empty_like(x)
@@ -246,7 +246,7 @@ class CrossAttention(nn.Module):
             end = length * self.num_heads
             scores = torch.addmm(caption.bias[row, :end], x[row], caption.keys[row, :, :end])
             probabilities = scores.unflatten(-1, (length, self.num_heads)).softmax(dim=-2).flatten(-2)
-            torch.mm(probabilities, caption.values[row, :end], out=out[row])
+            torch.addmm(x[row], probabilities, caption.values[row, :end], out=out[row])
         return out
 
 
@@ -318,7 +318,7 @@ class SanaBlock(nn.Module):
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
         modulate, gated_residual = self.kernels.modulate, self.kernels.gated_residual
         x = gated_residual(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa), perturbed_rows))
-        x = x + self.cross_attn(x, caption, mask)
+        x = self.cross_attn(x, caption, mask)
         return gated_residual(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp), height, width))
 
 
