@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AT_ONCE = 1 << 23  # numbers that the feed-forward's convolution makes before it writes them over its input's
+AT_ONCE = 1 << 23  # numbers of which the feed-forward makes a new tensor; where there are more, it goes part by part
 
 
 class QKNorm(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..config import SanaConfig
 from ..kernels import Kernels, QKNorm
+from ..kernels.reference import AT_ONCE
 
 FLOAT16_MAX = 65504.0
 
@@ -268,6 +269,7 @@ class GLUMBConv(nn.Module):
         super().__init__()
         size = config.hidden_size
         hidden = int(size * config.mlp_ratio)
+        self.channels = 2 * hidden
         inverted = operations.Conv2d(size, 2 * hidden, 1, **factory)
         depthwise = operations.Conv2d(2 * hidden, 2 * hidden, 3, padding=1, groups=2 * hidden, **factory)
         point = operations.Conv2d(hidden, size, 1, bias=False, **factory)
@@ -276,6 +278,14 @@ class GLUMBConv(nn.Module):
         self.point_conv = ConvLayer(on_weights(point, pointwise))
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """The feed-forward of x [B, N, C], N = height * width."""
+        # Large memory, in each block anew, costs a processor time page by page, and a large batch gains it nothing.
+        apart = x.device.type == "cpu" and len(x) > 1 and len(x) * height * width * self.channels > AT_ONCE
+        if apart and not torch.is_grad_enabled():
+            return torch.cat([self._mix(row, height, width) for row in x.split(1)])
+        return self._mix(x, height, width)
+
+    def _mix(self, x: Tensor, height: int, width: int) -> Tensor:
         # Tokens seen as a channels-last picture, and back: views. Split before they are permuted, they keep strides
         # that convolutions know as channels-last when there is one picture.
         x = self.depth_conv(self.inverted_conv(x).unflatten(1, (height, width)).permute(0, 3, 1, 2))

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sana_core.config import TRANSFORMERS
+from sana_core.models import layers
 from sana_core.models.layers import AbsorbedKeysValues, position_embedding
 from sana_core.models.sana import Perturbation, SanaTransformer, drop_padding
 from sana_core.training.lora import add_adapters
@@ -143,6 +144,18 @@ def test_nothing_is_absorbed_where_the_result_would_not_be_the_same():
     assert not absorbs(copy.deepcopy(model).bfloat16())
     add_adapters(model, 4)
     assert not absorbs(model)
+
+
+def test_rows_of_a_large_batch_pass_the_feed_forward_apart(monkeypatch):
+    model = random_transformer(small("Sana_600M_1024px"))
+    arguments = inputs(model.config, 4, 6)[:4]
+    with torch.no_grad():
+        together = model(*arguments)
+        monkeypatch.setattr(layers, "AT_ONCE", 0)
+        seen = []
+        model.blocks[0].mlp.point_conv.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+        apart = model(*arguments)
+    assert seen == [1, 1] and (apart - together).abs().max() < 2e-6 * together.abs().max()
 
 
 def test_padding_has_no_influence():
