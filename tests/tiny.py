@@ -60,6 +60,16 @@ def dc_ae(**changes) -> DCAE:
     return filled(DCAE(replace(DC_AE, **changes)))
 
 
+def inputs(timesteps: Sequence[float], tokens: int) -> dict[str, torch.Tensor]:
+    """What a transformer reads for as many pictures as there are timesteps, with captions of so many tokens."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "x": torch.randn(len(timesteps), 32, 3, 5, generator=generator),
+        "timesteps": torch.tensor(timesteps),
+        "context": torch.randn(len(timesteps), tokens, CHANNELS, generator=generator),
+    }
+
+
 def sentencepiece_model(sentences: Sequence[str], vocab_size: int) -> bytes:
     """A model with Gemma's settings: no normalisation, bytes for what it has no piece for, Gemma's special ids."""
     model = io.BytesIO()

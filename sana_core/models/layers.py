@@ -28,6 +28,12 @@ def on_weights(conv: nn.Module, compute: Callable[[Tensor, Tensor, Tensor | None
     return conv
 
 
+def is_untouched(layer: nn.Module) -> bool:
+    """Whether a call of the layer is its class's forward pass and nothing else."""
+    hooks = layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks, layer._backward_hooks
+    return "forward" not in layer.__dict__ and not any(hooks)
+
+
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A 1x1 convolution with weight [O, I, 1, 1] of tokens [B, N, I]: one GEMM, and contiguous tokens again."""
     return F.linear(x, weight.flatten(1), bias)
@@ -157,13 +163,12 @@ class LinearAttention(nn.Module):
 
         Whoever brings norms that compute like torch's only at times replaces this by what knows when.
         """
-        return (
-            type(norm).forward is forward
-            and "forward" not in norm.__dict__
-            and norm.elementwise_affine
-            and not (norm._forward_pre_hooks or norm._forward_hooks)
-            and not (norm._backward_pre_hooks or norm._backward_hooks)
-        )
+        return type(norm).forward is forward and norm.elementwise_affine and is_untouched(norm)
+
+
+def each(tensors: NamedTuple, change: Callable[[Tensor], Tensor]) -> NamedTuple:
+    """A named tuple of tensors, with every one changed in the same way."""
+    return type(tensors)(*map(change, tensors))
 
 
 class KeysValues(NamedTuple):
@@ -216,8 +221,8 @@ class CrossAttention(nn.Module):
         Queries with a norm are not linear. In 16 bits the scores would be rounded in front of the softmax. On a GPU the
         gain has not been measured.
         """
-        layers = (self.q_linear, self.proj)
-        linear = isinstance(self.q_norm, nn.Identity) and all(isinstance(layer, nn.Linear) for layer in layers)
+        plain = (isinstance(layer, nn.Linear) and is_untouched(layer) for layer in (self.q_linear, self.proj))
+        linear = isinstance(self.q_norm, nn.Identity) and all(plain)
         exact = keys.dtype == torch.float32 and not torch.is_autocast_enabled(keys.device.type)
         batch, length, heads, width = keys.shape
         return linear and exact and keys.device.type == "cpu" and length < width and batch * length <= 2 * width

@@ -21,6 +21,7 @@ from .layers import (
     PatchEmbed,
     SanaBlock,
     TimestepEmbedder,
+    each,
     position_embedding,
 )
 
@@ -43,7 +44,7 @@ class ContextCache:
         """With every tensor changed in the same way."""
 
         def changed(blocks: tuple) -> tuple:
-            return tuple(type(one)(*map(change, one)) for one in blocks)
+            return tuple(each(one, change) for one in blocks)
 
         mask = None if self.mask is None else change(self.mask)
         branches = {net: changed(keys_values) for net, keys_values in self.branches.items()}
@@ -58,7 +59,7 @@ class ContextCache:
         caption = self.keys_values[index]
         if rows is None:
             return caption, self.mask
-        return type(caption)(*(tensor[rows] for tensor in caption)), None if self.mask is None else self.mask[rows]
+        return each(caption, lambda tensor: tensor[rows]), None if self.mask is None else self.mask[rows]
 
     def of_branch(self, net: SanaControlNet) -> tuple[KeysValues, ...]:
         """A ControlNet's keys and values: those prepared, or made now."""

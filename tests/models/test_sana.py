@@ -142,6 +142,11 @@ def test_nothing_is_absorbed_where_the_result_would_not_be_the_same():
     with torch.autocast("cpu", torch.bfloat16):
         assert not absorbs(model)
     assert not absorbs(copy.deepcopy(model).bfloat16())
+    hooks = [block.cross_attn.proj.register_forward_hook(lambda *_: None) for block in model.blocks]
+    assert not absorbs(model)
+    for one in hooks:
+        one.remove()
+    assert absorbs(model)
     add_adapters(model, 4)
     assert not absorbs(model)
 

@@ -19,3 +19,9 @@ def sample(comfy, request):
         )  # fmt: skip
 
     return run
+
+
+@pytest.fixture
+def as_on_a_gpu(part, monkeypatch):
+    """Where no projection is absorbed, so that results are equal to the bit."""
+    monkeypatch.setattr(part("sana_core.models.layers").CrossAttention, "_absorbs", lambda *_: False)

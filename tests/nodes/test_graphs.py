@@ -11,12 +11,7 @@ import torch
 from tests.recorder import PlainRecorder
 
 STEPS = 4
-
-
-@pytest.fixture(autouse=True)
-def as_on_a_gpu(part, monkeypatch):
-    """Where no projection is absorbed."""
-    monkeypatch.setattr(part("sana_core.models.layers").CrossAttention, "_absorbs", lambda *_: False)
+pytestmark = pytest.mark.usefixtures("as_on_a_gpu")
 
 
 @pytest.fixture(scope="module")

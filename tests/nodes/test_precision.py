@@ -24,12 +24,7 @@ def load_model(part):
 
 @pytest.fixture
 def inputs():
-    generator = torch.Generator().manual_seed(3)
-    return {
-        "x": torch.randn(2, 32, 3, 5, generator=generator),
-        "timesteps": torch.tensor([999.7, 321.5]),
-        "context": torch.randn(2, 9, tiny.CHANNELS, generator=generator),
-    }
+    return tiny.inputs([999.7, 321.5], tokens=9)
 
 
 def run_plain(state_dict, inputs):

@@ -37,12 +37,7 @@ def handed(patcher):
 
 @pytest.fixture
 def inputs():
-    generator = torch.Generator().manual_seed(3)
-    return {
-        "x": torch.randn(2, 32, 3, 5, generator=generator),
-        "timestep": torch.tensor([0.9, 0.3]),
-        "context": torch.randn(2, 6, tiny.CHANNELS, generator=generator),
-    }
+    return tiny.inputs([0.9, 0.3], tokens=6)
 
 
 def predict(patcher, inputs, options=None):
