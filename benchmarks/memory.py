@@ -56,17 +56,18 @@ class TensorWatch(TorchDispatchMode):
         out = function(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, out)):
             if isinstance(tensor, Tensor):
-                self._count(tensor.untyped_storage())
+                self._count(_holder(tensor))
         return out
 
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def _count(self, holder: torch.UntypedStorage | Tensor) -> None:
+        key = holder._cdata
         if key in self.storages:
             return
+        size = holder.nbytes if isinstance(holder, Tensor) else holder.nbytes()
         self.storages.add(key)
         self.held += size
         self.peak = max(self.peak, self.held)
-        weakref.finalize(storage, self._drop, key, size)
+        weakref.finalize(holder, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self.held -= size
@@ -74,7 +75,12 @@ class TensorWatch(TorchDispatchMode):
 
 
 def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return _holder(tensor)._cdata
+
+
+def _holder(tensor: Tensor) -> torch.UntypedStorage | Tensor:
+    """What holds a tensor's memory: its storage, or itself where it is packed in a library's own way."""
+    return tensor if tensor.is_mkldnn else tensor.untyped_storage()
 
 
 @dataclass(frozen=True)

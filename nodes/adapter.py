@@ -27,6 +27,7 @@ from ..sana_core.config import TRANSFORMERS, SanaConfig
 from ..sana_core.finite import require_finite
 from ..sana_core.models.controlnet import Control
 from ..sana_core.models.graph import GraphedCalls
+from ..sana_core.models.packing import PackedCalls
 from ..sana_core.models.sana import ContextCache, SanaTransformer
 from ..sana_core.processor import fast_dtype
 from .bfloat16 import chooses_for_cpu, computes_on_cpu
@@ -39,7 +40,7 @@ log = logging.getLogger(__name__)
 SPRINT_GUIDANCE = "sana_sprint_guidance"  # in a conditioning: the scale that Sprint embeds; only its sampler sets it
 FLOOR_TIMESTEPS = "sana_floor_timesteps"  # in transformer_options: feed whole timesteps, as official Flow-DPM does
 CONTEXT = "sana_context"  # in transformer_options: the prepared captions, or the features that may become them
-GRAPHS = "sana_graphs"  # in transformer_options: the GraphedCalls to call, where nothing speaks against graphs
+CALLS = "sana_calls"  # in transformer_options: what to call where weights stay as they are: graphs, packed weights
 CONTROL = "sana"  # in what core calls a control: the tuple of Controls, which run within the transformer
 
 _PREVIEW_FACTORS = json.loads(Path(__file__).with_name("preview_factors.json").read_text(encoding="utf-8"))
@@ -109,7 +110,7 @@ class ComfySana(SanaTransformer):
         with ExitStack() as patched:
             for hooks in (self.hooks, *(one.net.hooks for one in controls)):
                 patched.enter_context(hooks.using(transformer_options))
-            predict = transformer_options.get(GRAPHS, super().forward)
+            predict = transformer_options.get(CALLS, super().forward)
             return predict(
                 x,
                 timesteps,
@@ -159,7 +160,8 @@ class SanaModel(comfy.model_base.BaseModel):
             self.model_sampling = SprintSampling(model_config)
         self.prepared_contexts = PreparedContexts()
         network = self.diffusion_model
-        self.graphs: GraphedCalls | None = GraphedCalls(network, super(ComfySana, network).forward)
+        self.packed = PackedCalls(network, super(ComfySana, network).forward)
+        self.graphs: GraphedCalls | None = GraphedCalls(network, self.packed)
 
     def apply_model(self, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options={}, **kwargs):  # noqa: B006, core's signature
         """Denoised x. Remembers the features as core made them, since wrappers around _apply_model may change them."""
@@ -188,8 +190,8 @@ class SanaModel(comfy.model_base.BaseModel):
         if c_crossattn is not None and made is c_crossattn and captions and self._keeps_context(options):
             mask, controls, stay = kwargs.get("attention_mask"), sana_controls(control), self._keeps_weights(options)
             options[CONTEXT] = self._prepare_context(x.device, c_crossattn, mask, captions, controls, absorb=stay)
-            if control is None and stay and self.graphs is not None:
-                options[GRAPHS] = self.graphs
+            if control is None and stay:
+                options[CALLS] = self.packed if self.graphs is None else self.graphs
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
     def _keeps_context(self, options: dict) -> bool:
@@ -379,11 +381,12 @@ def load_model(
         model.to(offload_device)
     model.load_model_weights(state_dict, "", assign=patcher.is_dynamic())
     patcher.cached_patcher_init = (load_model, arguments)
-    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, _drop_graphs)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, _drop_calls)
     return patcher
 
 
-def _drop_graphs(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
-    """Their memory is to be free when core takes the model from the GPU, and not merely another clone in its place."""
-    if unpatch_all and patcher.model.graphs is not None:
-        patcher.model.graphs.drop()
+def _drop_calls(patcher: comfy.model_patcher.ModelPatcher, unpatch_all: bool) -> None:
+    """Their memory is to be free when core unloads the model, and not merely puts another clone in its place."""
+    if unpatch_all:
+        for calls in filter(None, (patcher.model.packed, patcher.model.graphs)):
+            calls.drop()

@@ -17,6 +17,7 @@ from .kernels import best_kernels
 from .models.controlnet import Control, SanaControlNet
 from .models.graph import GraphedCalls
 from .models.lora import apply_lora
+from .models.packing import PackedCalls
 from .pictures import to_pictures
 from .processor import count_weights, early_dtype, fast_dtype
 from .resolution import check_size
@@ -51,7 +52,8 @@ class SanaPipeline:
         cuda_graph: repeat the transformer's calls from CUDA graphs where that is safe: the same pictures, sooner.
         """
         self.transformer = transformer
-        self._call = GraphedCalls(transformer) if cuda_graph else transformer
+        calls = PackedCalls(transformer)
+        self._call = GraphedCalls(transformer, calls) if cuda_graph else calls
         self.vae = vae
         self.text_encoder = text_encoder
         self.shift = transformer.config.shift if shift is None else shift

@@ -141,7 +141,7 @@ class GraphedCalls:
         call: Callable[..., Tensor] | None = None,
         recorder: Callable[[torch.device], Recorder | None] = cuda_recorder,
     ):
-        """`call`: what to record, a method of the network; None is the network itself."""
+        """`call`: what to record, something that calls the network; None is the network itself."""
         self._network = network
         self._call = network if call is None else call
         self._recorder_of = recorder

@@ -146,7 +146,7 @@ def test_graphs_go_when_core_takes_the_model_away(patcher, sample, recorder):
 def test_a_copied_network_has_graphs_of_its_own(patcher, sample):
     sample(patcher)
     network, graphs = copy.deepcopy([patcher.model.diffusion_model, patcher.model.graphs])
-    assert graphs._network is graphs._call.__self__ is network and not graphs._recordings
+    assert graphs._network is graphs._call._network is graphs._call._call.__self__ is network and not graphs._recordings
 
 
 def test_perturbed_attention_runs_beside_the_graphs(part, patcher, recorder, sample, plain):
