@@ -40,11 +40,15 @@ REFERENCE = Kernels(
 
 
 def best_kernels(device: torch.device | str) -> Kernels:
-    """The fused kernels where the device and its software run them, else the reference.
+    """The fused kernels where the device and its software run them, the processor's on a CPU, else the reference.
 
-    Fused kernels leave tensors on other devices to the reference, so a model may be moved afterwards.
+    Both leave tensors on other devices to the reference, so a model may be moved afterwards.
     """
     device = torch.device(device)
+    if device.type == "cpu":
+        from .processor import PROCESSOR
+
+        return PROCESSOR
     if device.type != "cuda" or torch.version.cuda is None or importlib.util.find_spec("triton") is None:
         return REFERENCE
     return _probed_kernels(torch.cuda.current_device() if device.index is None else device.index)

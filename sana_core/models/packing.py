@@ -12,10 +12,10 @@ from contextlib import contextmanager, nullcontext
 
 import psutil
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.reference import depthwise, gated_depthwise
+from ..kernels.processor import depthwise_product, depthwise_silu, silu_of_double_
+from ..kernels.reference import gated_depthwise
 from .layers import ConvLayer, GLUMBConv, SanaBlock, is_untouched, pointwise
 from .sana import SanaTransformer
 
@@ -28,32 +28,31 @@ SPARE = 3  # times the weights must be available: MKL reserves up to twice as mu
 class PackedLinear(nn.Module):
     """A linear layer without gradients, of `tokens` rows at a time: x [B, tokens, I] to [B, tokens, O]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int):
-        """weight [O, I] and bias [O], float32."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int, scale: float = 1.0):
+        """weight [O, I] and bias [O], float32. scale: of the result, a power of two, so that nothing is rounded."""
         super().__init__()
-        self.tokens = tokens
-        # Not parameters: the layers that they belong to keep them.
-        self.operands = weight.detach(), None if bias is None else bias.detach()
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(self.operands[0], tokens)
+        self.tokens, self.scale = tokens, scale
+        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(scale * weight.detach(), tokens)
+        # Not parameters: the layers that they belong to keep them. The weight is for other counts of rows alone.
+        self.operands = weight.detach(), None if bias is None else scale * bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Another count of tokens is computed without packed weights."""
         rows = [torch.ops.mkl._mkl_linear(row, self.packed, *self.operands, self.tokens) for row in x.split(1)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 class PackedHalf(nn.Module):
-    """The values or the gates of a gated feed-forward: x [1, N, C] to [1, hidden, h, w]."""
+    """The values or the gates of a gated feed-forward, up to the SiLU: x [1, N, C] to [1, hidden, h, w]."""
 
-    def __init__(self, linear: PackedLinear, weight: Tensor, bias: Tensor):
-        """weight [hidden, 1, 3, 3] and bias [hidden] of the depthwise convolution."""
+    def __init__(self, operands: tuple[Tensor, Tensor], depthwise: tuple[Tensor, Tensor], tokens: int):
+        """Weight and bias of the linear layer, and of the depthwise convolution that comes next."""
         super().__init__()
-        self.linear = linear
-        self.operands = weight.detach(), bias.detach()
+        self.linear = PackedLinear(*operands, tokens, scale=0.5)
+        self.depthwise = tuple(operand.detach() for operand in depthwise)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        hidden = F.silu(self.linear(x), inplace=True)
-        return depthwise(hidden.unflatten(1, (height, width)).permute(0, 3, 1, 2), *self.operands)
+        """Channels-last."""
+        return silu_of_double_(self.linear(x)).unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 class PackedGLUMBConv(nn.Module):
@@ -61,12 +60,10 @@ class PackedGLUMBConv(nn.Module):
 
     def __init__(self, mlp: GLUMBConv, tokens: int):
         super().__init__()
-        inverted, depth, point = (layer.conv for layer in _convolutions(mlp))
-        operands = inverted.weight.flatten(1), inverted.bias, depth.weight, depth.bias
-        self.value, self.gate = (
-            PackedHalf(PackedLinear(weight, bias, tokens), *convolution)
-            for weight, bias, *convolution in zip(*(operand.chunk(2) for operand in operands), strict=True)
-        )
+        inverted, depthwise, point = (layer.conv for layer in _convolutions(mlp))
+        parts = inverted.weight.flatten(1), inverted.bias, depthwise.weight, depthwise.bias
+        halves = zip(*(part.chunk(2) for part in parts), strict=True)
+        self.value, self.gate = (PackedHalf(half[:2], half[2:], tokens) for half in halves)
         self.point = PackedLinear(point.weight.flatten(1), None, tokens)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -75,14 +72,9 @@ class PackedGLUMBConv(nn.Module):
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _mix(self, x: Tensor, height: int, width: int) -> Tensor:
-        gated = F.silu(self.gate(x, height, width), inplace=True).mul_(self.value(x, height, width))
+        gate = depthwise_silu(self.gate(x, height, width), *self.gate.depthwise)
+        gated = depthwise_product(self.value(x, height, width), *self.value.depthwise, gate)
         return self.point(gated.permute(0, 2, 3, 1).flatten(1, 2))
-
-
-def large_layers(block: SanaBlock) -> list[nn.Module]:
-    """The layers of a block whose weights are worth packing, and the one between two of them."""
-    convolutions = block.mlp.inverted_conv, block.mlp.depth_conv, block.mlp.point_conv
-    return [block.attn.qkv, block.attn.proj, *(layer.conv for layer in convolutions)]
 
 
 class PackedWeights:
