@@ -21,9 +21,13 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float, norms: QKNorm 
         return reference.linear_attention(q, k, v, eps, norms)
     if norms is not None:
         q, k = reference.qk_norm(q, k, norms)
-    q, k, v = (part.transpose(1, 2) for part in (q.relu_(), k.relu_(), v))
-    normaliser = q @ k.sum(dim=2).unsqueeze(-1)
-    return (q @ (k.transpose(-1, -2) @ v)).div_(normaliser.add_(eps)).transpose(1, 2)
+    q, k, values = (part.transpose(1, 2) for part in (q.relu_(), k.relu_(), v))
+    # The normaliser is one more column of the result, and the division puts heads back behind tokens.
+    state = torch.cat([k.transpose(-1, -2) @ values, k.sum(dim=2).unsqueeze(-1)], dim=-1)
+    weighted, normaliser = (q @ state).split([v.shape[-1], 1], dim=-1)
+    out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+    torch.div(weighted, normaliser + eps, out=out.transpose(1, 2))
+    return out
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -36,8 +40,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def silu_of_double_(half: Tensor) -> Tensor:
     """SiLU of 2 * half, in place: half [..., C], contiguous, without gradients.
 
-    silu(2h) = h + h tanh(h), whose tanh is that of MKL. The exponential of PyTorch's SiLU takes up to three times as long,
-    in some processes and not in others.
+    silu(2h) = h + h tanh(h), whose tanh is that of MKL. The exponential of PyTorch's SiLU takes up to three times as
+    long, in some processes and not in others.
     """
     rows = half.view(-1, half.shape[-1])
     count = max(1, IN_CACHE // half.shape[-1])

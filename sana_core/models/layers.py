@@ -145,7 +145,7 @@ class LinearAttention(nn.Module):
         if perturbed_rows:
             out = torch.cat([out, v[rows:]])
         out = self.proj(out)
-        return out.clamp(-FLOAT16_MAX, FLOAT16_MAX) if self.clamps else out
+        return F.hardtanh(out, -FLOAT16_MAX, FLOAT16_MAX, inplace=not out.requires_grad) if self.clamps else out
 
     def _norms(self, q: Tensor) -> QKNorm | None:
         """The norms for the kernel to compute; None where there are none, or they have to be called."""

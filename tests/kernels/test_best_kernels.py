@@ -8,6 +8,7 @@ import torch
 
 from sana_core import kernels
 from sana_core.kernels import REFERENCE, best_kernels
+from sana_core.kernels.processor import PROCESSOR
 
 
 @pytest.fixture
@@ -23,8 +24,8 @@ def gpu(monkeypatch):
     kernels._probed_kernels.cache_clear()
 
 
-def test_a_cpu_gets_the_reference():
-    assert best_kernels("cpu") is REFERENCE
+def test_a_cpu_gets_the_processors_kernels():
+    assert best_kernels("cpu") is PROCESSOR
     assert best_kernels(torch.device("meta")) is REFERENCE
 
 
