@@ -10,6 +10,7 @@ import torch
 from transformers import Gemma2Config, Gemma2Model
 
 from sana_core.config import AUTOENCODERS, SanaConfig
+from sana_core.kernels import best_kernels
 from sana_core.models.controlnet import SanaControlNet
 from sana_core.models.dc_ae import DCAE
 from sana_core.models.sana import SanaTransformer
@@ -44,7 +45,8 @@ def filled(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def transformer(**changes) -> SanaTransformer:
-    return filled(SanaTransformer(replace(TRANSFORMER, **changes)))
+    """With the kernels that a loaded one gets."""
+    return filled(SanaTransformer(replace(TRANSFORMER, **changes), kernels=best_kernels("cpu")))
 
 
 def sprint() -> SanaTransformer:
@@ -53,7 +55,7 @@ def sprint() -> SanaTransformer:
 
 def controlnet(**changes) -> SanaControlNet:
     """Of the tiny transformer, of which it copies the first of the two blocks."""
-    return filled(SanaControlNet(replace(TRANSFORMER, **{"depth": 1} | changes)))
+    return filled(SanaControlNet(replace(TRANSFORMER, **{"depth": 1} | changes), kernels=best_kernels("cpu")))
 
 
 def dc_ae(**changes) -> DCAE:

@@ -240,20 +240,19 @@ class CrossAttention(nn.Module):
         return AbsorbedKeysValues(keys.mT, bias.squeeze(-1), values, lengths)
 
     def forward(self, x: Tensor, caption: KeysValues | AbsorbedKeysValues, mask: Tensor | None) -> Tensor:
-        """x [B, N, C] plus its attention; mask: [B, L] bool, or None."""
+        """x [B, N, C] plus its attention; mask: [B, L] bool, or None. Absorbed captions are added to x in place."""
         if isinstance(caption, AbsorbedKeysValues):
-            return self._attend(x, caption)
+            return self._attend_(x, caption)
         q = self.q_norm(self.q_linear(x)).unflatten(-1, (self.num_heads, -1))
         return x + self.proj(self.kernels.attention(q, *caption, mask).flatten(2))
 
-    def _attend(self, x: Tensor, caption: AbsorbedKeysValues) -> Tensor:
-        out = torch.empty_like(x)
+    def _attend_(self, x: Tensor, caption: AbsorbedKeysValues) -> Tensor:
         for row, length in enumerate(caption.lengths.tolist()):
             end = length * self.num_heads
             scores = torch.addmm(caption.bias[row, :end], x[row], caption.keys[row, :, :end])
             probabilities = scores.unflatten(-1, (length, self.num_heads)).softmax(dim=-2).flatten(-2)
-            torch.addmm(x[row], probabilities, caption.values[row, :end], out=out[row])
-        return out
+            x[row].addmm_(probabilities, caption.values[row, :end])
+        return x
 
 
 class ConvLayer(nn.Module):
