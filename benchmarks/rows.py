@@ -40,7 +40,7 @@ def cpu_rows(place: Place) -> list[Row]:
     small = TRANSFORMERS[SMALL]
     rows = [forward(place, "0.6B", small, pixels, batch) for pixels in (512, 1024) for batch in (1, 2)]
     rows += [autoencoding(place, DC_AE, 512, way) for way in ("decode", "encode")]
-    return [replace(row, rounds=5) for row in rows] + [replace(row, rounds=10) for row in quick_rows(place)]
+    return [replace(row, rounds=7) for row in rows] + [replace(row, rounds=10) for row in quick_rows(place)]
 
 
 def quick_rows(place: Place) -> list[Row]:
