@@ -37,6 +37,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), 1e-6)
 
 
+def gated_residual_(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    """`reference.gated_residual` without gradients, in the memory of the branch."""
+    return torch.addcmul(x, gate, branch, out=branch)
+
+
 def silu_of_double_(half: Tensor) -> Tensor:
     """SiLU of 2 * half, in place: half [..., C], contiguous, without gradients.
 

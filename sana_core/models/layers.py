@@ -249,7 +249,7 @@ class CrossAttention(nn.Module):
     def _attend_(self, x: Tensor, caption: AbsorbedKeysValues) -> Tensor:
         for row, length in enumerate(caption.lengths.tolist()):
             end = length * self.num_heads
-            scores = torch.addmm(caption.bias[row, :end], x[row], caption.keys[row, :, :end])
+            scores = torch.mm(x[row], caption.keys[row, :, :end]).add_(caption.bias[row, :end])
             probabilities = scores.unflatten(-1, (length, self.num_heads)).softmax(dim=-2).flatten(-2)
             x[row].addmm_(probabilities, caption.values[row, :end])
         return x

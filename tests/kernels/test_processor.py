@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sana_core.kernels import REFERENCE, QKNorm, processor, reference
-from sana_core.kernels.processor import PROCESSOR, depthwise_product, depthwise_silu, silu_of_double_
+from sana_core.kernels.processor import PROCESSOR, depthwise_product, depthwise_silu, gated_residual_, silu_of_double_
 from sana_core.models.sana import SanaTransformer
 from tests import tiny
 from tests.kernels.fused import EXACT, distance
@@ -66,6 +66,12 @@ def test_modulate(rows):
 
 def wide(tensor):
     return tensor.double()
+
+
+def test_gated_residual_in_place():
+    x, gate, branch = draw(2, 7, 16), draw(2, 1, 16, seed=1), draw(2, 7, 16, seed=2)
+    expected = reference.gated_residual(x, gate, branch)
+    assert gated_residual_(x, gate, branch) is branch and torch.equal(branch, expected)
 
 
 def test_a_shift_for_every_token_is_left_to_the_reference():

@@ -70,17 +70,20 @@ def test_the_layers_are_those_with_packed_weights(calls, monkeypatch):
     assert not any(isinstance(module, PackedLinear) for module in network.modules()), "they are back in place"
 
 
-def test_other_tokens_than_those_packed_for_are_computed_too():
-    weight, x = torch.randn(6, 5), torch.randn(2, 7, 5)
-    assert torch.allclose(PackedLinear(weight, None, 3)(x), x @ weight.T, atol=1e-6)
+@torch.no_grad()
+def test_a_scaled_layer_rounds_nothing_more():
+    weight, bias, x = torch.randn(6, 5), torch.randn(6), torch.randn(2, 7, 5)
+    whole, half = (PackedLinear(weight, bias, 7, scale)(x) for scale in (1.0, 0.5))
+    assert torch.equal(2 * half, whole)
+    assert torch.allclose(whole, x @ weight.T + bias, atol=1e-6)
 
 
 def test_the_layers_come_back_after_an_error(calls):
     pack(calls)
-    before = list(calls._network.modules())
+    before, kernels = list(calls._network.modules()), calls._network.blocks[0].kernels
     with pytest.raises(ValueError, match="guidance"):
         predict(calls, latent(), guidance=torch.ones(1))
-    assert list(calls._network.modules()) == before
+    assert list(calls._network.modules()) == before and calls._network.blocks[0].kernels is kernels
 
 
 def replaced(network):
@@ -133,6 +136,10 @@ def hook_of_the_feed_forward(network):
     network.blocks[1].mlp.register_forward_hook(lambda *_: None)
 
 
+def hook_of_the_attention(network):
+    network.blocks[1].attn.register_forward_hook(lambda *_: None)
+
+
 def own_forward(network):
     layer = network.blocks[0].mlp.inverted_conv
     layer.forward = layer.forward
@@ -151,7 +158,9 @@ def adapters(network):
     add_adapters(network, rank=2)
 
 
-@pytest.mark.parametrize("say", [hook, hook_of_the_feed_forward, own_forward, other_depthwise, other_class, adapters])
+@pytest.mark.parametrize(
+    "say", [hook, hook_of_the_attention, hook_of_the_feed_forward, own_forward, other_depthwise, other_class, adapters]
+)
 def test_layers_that_compute_otherwise_are_called(calls, say):
     say(calls._network)
     for _ in range(PLAIN_CALLS + 1):
