@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Kernels
@@ -28,18 +29,21 @@ SPARE = 3  # times the weights must be available: MKL reserves up to twice as mu
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without gradients, for one count of tokens: x [B, tokens, I] to [B, tokens, O]."""
+    """A linear layer without gradients, of `tokens` rows at a time: x [B, tokens, I] to [B, tokens, O]."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int, scale: float = 1.0):
         """weight [O, I] and bias [O], float32. scale: of the result, a power of two, so that nothing is rounded."""
         super().__init__()
-        self.tokens = tokens
+        self.tokens, self.scale = tokens, scale
         self.packed = torch.ops.mkl._mkl_reorder_linear_weight(scale * weight.detach(), tokens)
         # Not parameters: the layer that they belong to keeps them. MKL's call asks for the weight without need.
         self.operands = weight.detach(), None if bias is None else scale * bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
-        """One row of the batch after the other."""
+        """Another count of tokens is computed without packed weights."""
+        if x.shape[1] != self.tokens:
+            weight, bias = self.operands
+            return F.linear(x, self.scale * weight, bias)
         rows = [torch.ops.mkl._mkl_linear(row, self.packed, *self.operands, self.tokens) for row in x.split(1)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 

@@ -70,6 +70,13 @@ def test_the_layers_are_those_with_packed_weights(calls, monkeypatch):
     assert not any(isinstance(module, PackedLinear) for module in network.modules()), "they are back in place"
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_other_tokens_than_those_packed_for_are_computed_too(scale):
+    weight, bias, x = torch.randn(6, 5), torch.randn(6), torch.randn(2, 7, 5)
+    assert torch.allclose(PackedLinear(weight, None, 3, scale)(x), scale * (x @ weight.T), atol=1e-6)
+    assert torch.allclose(PackedLinear(weight, bias, 3, scale)(x), scale * (x @ weight.T + bias), atol=1e-6)
+
+
 @torch.no_grad()
 def test_a_scaled_layer_rounds_nothing_more():
     weight, bias, x = torch.randn(6, 5), torch.randn(6), torch.randn(2, 7, 5)
