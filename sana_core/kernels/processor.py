@@ -11,9 +11,6 @@ from torch import Tensor
 
 from . import REFERENCE, QKNorm, reference
 
-IN_CACHE = 1 << 18  # numbers that the cores' own caches hold twice
-SAME = [1, 1], [1, 1], [1, 1]  # padding, stride and dilation of a 3x3 convolution that keeps the size
-
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float, norms: QKNorm | None = None) -> Tensor:
     """As `reference.linear_attention`, but q and k are overwritten."""
@@ -40,34 +37,6 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def gated_residual_(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
     """`reference.gated_residual` without gradients, in the memory of the branch."""
     return torch.addcmul(x, gate, branch, out=branch)
-
-
-def silu_of_double_(half: Tensor) -> Tensor:
-    """SiLU of 2 * half, in place: half [..., C], contiguous, without gradients.
-
-    silu(2h) = h + h tanh(h), whose tanh is that of MKL. The exponential of PyTorch's SiLU takes up to three times as
-    long, in some processes and not in others.
-    """
-    rows = half.view(-1, half.shape[-1])
-    count = max(1, IN_CACHE // half.shape[-1])
-    tanh = torch.empty_like(rows[:count])
-    for part in rows.split(count):
-        torch.addcmul(part, part, torch.tanh(part, out=tanh[: len(part)]), out=part)
-    return half
-
-
-def depthwise_silu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """SiLU of a depthwise 3x3 convolution of channels-last x [B, C, h, w], written once, without gradients.
-
-    weight: [C, 1, 3, 3]; bias: [C].
-    """
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *SAME, len(bias), "swish", [], "")
-
-
-def depthwise_product(x: Tensor, weight: Tensor, bias: Tensor, factor: Tensor) -> Tensor:
-    """A depthwise 3x3 convolution of channels-last x [B, C, h, w] times a factor like it, as in `depthwise_silu`."""
-    convolve = torch.ops.mkldnn._convolution_pointwise.binary
-    return convolve(x, factor, weight, bias, *SAME, len(bias), "mul", None, None, [], None)
 
 
 def _is_ours(*tensors: Tensor) -> bool:

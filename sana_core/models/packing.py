@@ -7,7 +7,7 @@ less with 1024 (two cores with AVX-512). The copies take as much memory as the w
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import Kernels
-from ..kernels.processor import depthwise_product, depthwise_silu, gated_residual_, silu_of_double_
+from ..kernels.processor import gated_residual_
 from ..kernels.reference import gated_depthwise
 from .layers import ConvLayer, GLUMBConv, SanaBlock, is_untouched, pointwise
 from .sana import SanaTransformer
@@ -31,35 +31,47 @@ SPARE = 3  # times the weights must be available: MKL reserves up to twice as mu
 class PackedLinear(nn.Module):
     """A linear layer without gradients, of `tokens` rows at a time: x [B, tokens, I] to [B, tokens, O]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int, scale: float = 1.0):
-        """weight [O, I] and bias [O], float32. scale: of the result, a power of two, so that nothing is rounded."""
+    def __init__(self, weight: Tensor, bias: Tensor | None, tokens: int):
+        """weight [O, I] and bias [O], float32."""
         super().__init__()
-        self.tokens, self.scale = tokens, scale
-        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(scale * weight.detach(), tokens)
+        self.tokens = tokens
+        self.packed = torch.ops.mkl._mkl_reorder_linear_weight(weight.detach(), tokens)
         # Not parameters: the layer that they belong to keeps them. MKL's call asks for the weight without need.
-        self.operands = weight.detach(), None if bias is None else scale * bias.detach()
+        self.operands = weight.detach(), None if bias is None else bias.detach()
 
     def forward(self, x: Tensor) -> Tensor:
         """Another count of tokens is computed without packed weights."""
         if x.shape[1] != self.tokens:
-            weight, bias = self.operands
-            return F.linear(x, self.scale * weight, bias)
-        rows = [torch.ops.mkl._mkl_linear(row, self.packed, *self.operands, self.tokens) for row in x.split(1)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+            return F.linear(x, *self.operands)
+        return _by_row(lambda row: torch.ops.mkl._mkl_linear(row, self.packed, *self.operands, self.tokens), x)
+
+
+class DepthwiseSiLU(nn.Module):
+    """SiLU of a depthwise convolution of channels-last x [B, C, h, w], which oneDNN writes once, without gradients."""
+
+    def __init__(self, weight: Tensor, bias: Tensor):
+        """weight [C, 1, k, k], k odd, and bias [C], float32."""
+        super().__init__()
+        self.shape = [weight.shape[-1] // 2] * 2, [1, 1], [1, 1], len(bias)  # padding, stride, dilation, groups
+        self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), *self.shape)
+        self.bias = bias.detach()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._convolution_pointwise(x, self.packed, self.bias, *self.shape, "swish", [], "")
 
 
 class PackedHalf(nn.Module):
     """The values or the gates of a gated feed-forward, up to the SiLU: x [1, N, C] to [1, hidden, h, w]."""
 
-    def __init__(self, linear: Sequence[Tensor], depthwise: Sequence[Tensor], tokens: int):
-        """Weight and bias of the linear layer, and of the depthwise convolution that comes next."""
+    def __init__(self, weight: Tensor, bias: Tensor, tokens: int):
+        """weight [hidden, C] and bias [hidden] of the linear layer."""
         super().__init__()
-        self.linear = PackedLinear(*linear, tokens, scale=0.5)
-        self.depthwise = tuple(part.detach() for part in depthwise)
+        self.linear = PackedLinear(weight, None, tokens)
+        self.silu = DepthwiseSiLU(torch.ones(len(bias), 1, 1, 1), bias)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """Channels-last."""
-        return silu_of_double_(self.linear(x)).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        return self.silu(self.linear(x).unflatten(1, (height, width)).permute(0, 3, 1, 2))
 
 
 class PackedGLUMBConv(nn.Module):
@@ -68,20 +80,24 @@ class PackedGLUMBConv(nn.Module):
     def __init__(self, mlp: GLUMBConv, tokens: int):
         super().__init__()
         inverted, depthwise, point = (layer.conv for layer in _convolutions(mlp))
-        parts = inverted.weight.flatten(1), inverted.bias, depthwise.weight, depthwise.bias
-        halves = zip(*(part.chunk(2) for part in parts), strict=True)
-        self.value, self.gate = (PackedHalf(half[:2], half[2:], tokens) for half in halves)
+        halves = zip(inverted.weight.flatten(1).chunk(2), inverted.bias.chunk(2), strict=True)
+        self.value, self.gate = (PackedHalf(*half, tokens) for half in halves)
+        value, gate = zip(depthwise.weight.chunk(2), depthwise.bias.chunk(2), strict=True)
+        self.mix_value, self.mix_gate = [part.detach() for part in value], DepthwiseSiLU(*gate)
         self.point = PackedLinear(point.weight.flatten(1), None, tokens)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         """As `GLUMBConv`."""
-        rows = [self._mix(row, height, width) for row in x.split(1)]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+        return _by_row(lambda row: self._mix(row, height, width), x)
 
     def _mix(self, x: Tensor, height: int, width: int) -> Tensor:
-        gate = depthwise_silu(self.gate(x, height, width), *self.gate.depthwise)
-        gated = depthwise_product(self.value(x, height, width), *self.value.depthwise, gate)
-        return self.point(gated.permute(0, 2, 3, 1).flatten(1, 2))
+        gate = self.mix_gate(self.gate(x, height, width))
+        value = F.conv2d(self.value(x, height, width), *self.mix_value, padding=1, groups=gate.shape[1])
+        return self.point(value.mul_(gate).permute(0, 2, 3, 1).flatten(1, 2))
+
+
+def _by_row(compute: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return compute(x) if len(x) == 1 else torch.cat([compute(row) for row in x.split(1)])
 
 
 class PackedWeights:

@@ -4,16 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sana_core.kernels import REFERENCE, QKNorm, processor, reference
-from sana_core.kernels.processor import PROCESSOR, depthwise_product, depthwise_silu, gated_residual_, silu_of_double_
+from sana_core.kernels.processor import PROCESSOR, gated_residual_
 from sana_core.models.sana import SanaTransformer
 from tests import tiny
 from tests.kernels.fused import EXACT, distance
 
 SHAPES = [(1, 63, 3, 8), (2, 500, 2, 32), (1, 1000, 4, 32)]
-has_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="its convolutions are oneDNN's")
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -98,39 +96,6 @@ def test_other_ways_to_compute_are_the_references(name, way):
     if way == "gradients":
         losses = found.square().sum(), expected.square().sum()
         assert all(map(torch.equal, *map(torch.autograd.grad, losses, (given, same))))
-
-
-@pytest.mark.parametrize("in_cache", [1, 100, processor.IN_CACHE])
-@pytest.mark.parametrize("shape", [(1, 63, 40), (7, 3), (1, 500, 33)])
-def test_silu_of_double(shape, in_cache, monkeypatch, poisoned):
-    monkeypatch.setattr(processor, "IN_CACHE", in_cache)
-    half = 4 * draw(*shape)
-    truth, expected = F.silu(2 * half.double()), F.silu(2 * half)
-    found = silu_of_double_(half)
-    assert found is half and distance(found, truth) <= 1.5 * distance(expected, truth)
-
-
-def test_silu_far_out():
-    half = torch.tensor([[-1e30, -200.0, 0.0, 200.0, 1e30, torch.inf, torch.nan]])
-    assert torch.equal(silu_of_double_(half)[0, :6], torch.tensor([0, 0, 0, 400, 2e30, torch.inf]))
-    assert half[0, 6].isnan()
-
-
-@has_onednn
-@pytest.mark.parametrize("channels, height, width", [(1, 1, 1), (7, 5, 3), (40, 8, 13)])
-@torch.no_grad()
-def test_depthwise_convolutions_gate_as_they_write(channels, height, width):
-    value, gate = (draw(1, height, width, channels, seed=seed).permute(0, 3, 1, 2) for seed in (0, 1))
-    weights, biases = draw(2, channels, 1, 3, 3, seed=2), draw(2, channels, seed=3)
-    found = depthwise_product(value, weights[0], biases[0], depthwise_silu(gate, weights[1], biases[1]))
-
-    def gated(change):
-        both = torch.cat([value, gate], dim=1), weights.flatten(0, 1), biases.flatten()
-        picture, weight, bias = map(change, both)
-        return reference.gated_linear_unit(F.conv2d(picture, weight, bias, padding=1, groups=2 * channels))
-
-    assert found.permute(0, 2, 3, 1).is_contiguous()
-    assert nearly(found, gated(torch.Tensor.float), gated(torch.Tensor.double))
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
