@@ -129,10 +129,10 @@ def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     tracked = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, weight, bias))
     if tracked or torch.is_autocast_enabled(x.device.type):
-        return gated_linear_unit(_depthwise(F.silu(x), weight, bias))
+        return gated_linear_unit(depthwise(F.silu(x), weight, bias))
     x = F.silu(x, inplace=True)
     if x.numel() <= AT_ONCE:
-        return gated_linear_unit(_depthwise(x, weight, bias))
+        return gated_linear_unit(depthwise(x, weight, bias))
     # Much new memory, in each block anew, costs a processor as much time as the convolution, since the operating system
     # hands it out page by page: so a few channels at a time, whose results go where their values were.
     channels = len(weight) // 2
@@ -140,12 +140,13 @@ def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     for start in range(0, channels, step):
         value = slice(start, min(start + step, channels))
         gate = slice(channels + value.start, channels + value.stop)
-        gated = F.silu(_depthwise(x[:, gate], weight[gate], bias[gate]), inplace=True)
-        torch.mul(_depthwise(x[:, value], weight[value], bias[value]), gated, out=x[:, value])
+        gated = F.silu(depthwise(x[:, gate], weight[gate], bias[gate]), inplace=True)
+        torch.mul(depthwise(x[:, value], weight[value], bias[value]), gated, out=x[:, value])
     return x[:, :channels]
 
 
-def _depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A 3x3 convolution of each channel of x [B, C, h, w] by itself, with weight [C, 1, 3, 3] and bias [C]."""
     return F.conv2d(x, weight, bias, padding=1, groups=len(weight))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..kernels import Kernels
 from ..kernels.processor import gated_residual_
-from ..kernels.reference import gated_depthwise
+from ..kernels.reference import depthwise, gated_depthwise
 from .layers import ConvLayer, GLUMBConv, SanaBlock, is_untouched, pointwise
 from .sana import SanaTransformer
 
@@ -67,6 +67,8 @@ class PackedHalf(nn.Module):
         """weight [hidden, C] and bias [hidden] of the linear layer."""
         super().__init__()
         self.linear = PackedLinear(weight, None, tokens)
+        # With a filter of ones, oneDNN adds the bias on the way. PyTorch's SiLU, in some processes and not in others,
+        # takes three times as long.
         self.silu = DepthwiseSiLU(torch.ones(len(bias), 1, 1, 1), bias)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
@@ -79,10 +81,10 @@ class PackedGLUMBConv(nn.Module):
 
     def __init__(self, mlp: GLUMBConv, tokens: int):
         super().__init__()
-        inverted, depthwise, point = (layer.conv for layer in _convolutions(mlp))
+        inverted, depth, point = (layer.conv for layer in _convolutions(mlp))
         halves = zip(inverted.weight.flatten(1).chunk(2), inverted.bias.chunk(2), strict=True)
         self.value, self.gate = (PackedHalf(*half, tokens) for half in halves)
-        value, gate = zip(depthwise.weight.chunk(2), depthwise.bias.chunk(2), strict=True)
+        value, gate = zip(depth.weight.chunk(2), depth.bias.chunk(2), strict=True)
         self.mix_value, self.mix_gate = [part.detach() for part in value], DepthwiseSiLU(*gate)
         self.point = PackedLinear(point.weight.flatten(1), None, tokens)
 
@@ -92,7 +94,7 @@ class PackedGLUMBConv(nn.Module):
 
     def _mix(self, x: Tensor, height: int, width: int) -> Tensor:
         gate = self.mix_gate(self.gate(x, height, width))
-        value = F.conv2d(self.value(x, height, width), *self.mix_value, padding=1, groups=gate.shape[1])
+        value = depthwise(self.value(x, height, width), *self.mix_value)
         return self.point(value.mul_(gate).permute(0, 2, 3, 1).flatten(1, 2))
 
 
