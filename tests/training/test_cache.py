@@ -301,6 +301,7 @@ RANKS = """
 import os, pickle, sys, time
 from pathlib import Path
 from dataclasses import replace
+import torch.distributed
 from sana_core.training import shards
 from sana_core.training.cache import Cache
 from sana_core.training.dataset import read_dataset
@@ -317,6 +318,7 @@ def slow(pixels):
 folder = Path(sys.argv[2].replace("RANK", str(ranks.rank)))
 found = Cache(folder, replace(LATENTS, encode=slow), TEXT).fill(read_dataset(sys.argv[1], 256), ranks=ranks)
 Path(sys.argv[3], f"rank{ranks.rank}").write_bytes(pickle.dumps((*found, len(calls))))
+torch.distributed.destroy_process_group()  # else the interpreter ends beside the group's threads, and may abort
 """
 
 
