@@ -113,3 +113,5 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     for arguments in json.loads(Path(sys.argv[1]).read_text()):
         job(*arguments)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # else the interpreter ends beside its threads, and may abort
