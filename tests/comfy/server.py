@@ -122,12 +122,10 @@ class Server:
                             await session.post(f"{address}/interrupt")
                     elif event["type"] == "execution_error":
                         run.error = data
-                        return run
                     elif event["type"] == "execution_interrupted":
                         run.interrupted = True
-                        return run
                     elif event["type"] == "executing" and data["node"] is None:
-                        return run
+                        return run  # sent last, after errors too, when the queue has let go of the workflow
                     elif event["type"] == "executing":
                         run.ran.append(data["node"])
         raise ConnectionError("the websocket was closed before the workflow ended")
