@@ -11,7 +11,27 @@ from sana_core.models.sana import SanaTransformer
 from tests import tiny
 from tests.kernels.fused import EXACT, distance
 
-SHAPES = [(1, 63, 3, 8), (2, 500, 2, 32), (1, 1000, 4, 32)]
+SHAPES = [(1, 63, 3, 8), (1, 63, 3, 32), (2, 500, 1, 32), (1, 1000, 4, 32), (3, 1, 5, 32)]
+PICTURES = [(1, 16, 1, 1), (2, 48, 5, 3), (1, 1040, 4, 7), (1, 80, 20, 25)]  # batch, half of the channels, h, w
+
+
+@pytest.fixture(params=["C", "PyTorch"])
+def language(request, monkeypatch):
+    """What computes: the functions in C, and what does without a compiler."""
+    if request.param == "PyTorch":
+        monkeypatch.setattr(processor, "_library", lambda: None)
+    elif processor._library() is None:
+        pytest.skip("this machine has no C compiler")
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """So many, and as many as before afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -22,6 +42,13 @@ def heads(batch, tokens, count, width, dtype=torch.float32):
     """q, k and v as a transformer has them: parts of one tensor."""
     parts = draw(batch, tokens, 3 * count * width, dtype=dtype).chunk(3, dim=-1)
     return [part.unflatten(-1, (count, width)) for part in parts]
+
+
+def picture(batch, hidden, height, width, dtype=torch.float32):
+    """x in channels-last layout, weight and bias of the depthwise convolution, and a bias of x."""
+    x = 3 * draw(batch, height, width, 2 * hidden, dtype=dtype).permute(0, 3, 1, 2)
+    weight, bias, x_bias = ((2 * hidden, 1, 3, 3), (2 * hidden,), (2 * hidden,))
+    return x, *(draw(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate((weight, bias, x_bias), 1))
 
 
 def qk_norm(channels):
@@ -36,22 +63,99 @@ def nearly(found, expected, truth):
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_linear_attention(shape, normed, poisoned):
+def test_linear_attention(shape, normed, language, threads, poisoned):
     given = heads(*shape)
     norms = qk_norm(shape[2] * shape[3]) if normed else None
     truth = EXACT["linear_attention"](*(part.double() for part in given), 1e-8, norms)
     expected = reference.linear_attention(*given, 1e-8, norms)
     found = processor.linear_attention(*given, 1e-8, norms)
-    assert found.shape == expected.shape and found.is_contiguous()
+    assert found.shape == expected.shape
     assert nearly(found, expected, truth)
 
 
-def test_linear_attention_without_positive_keys_is_zero_and_nan_stays_nan():
-    q, k, v = heads(1, 5, 1, 4)
+@pytest.mark.parametrize("width", [4, 32])
+def test_linear_attention_without_positive_keys_is_zero_and_nan_stays_nan(width, language):
+    q, k, v = heads(1, 5, 1, width)
     assert torch.equal(processor.linear_attention(q, -torch.ones_like(q), v, 1e-8), torch.zeros_like(v))
-    q, k, v = heads(1, 5, 1, 4)
     k[0, 2] = torch.nan
     assert processor.linear_attention(q, k, v, 1e-8).isnan().all()
+
+
+@torch.no_grad()
+def test_linear_attention_of_heads_that_are_not_together(language):
+    given = [part.transpose(1, 2).contiguous().transpose(1, 2) for part in heads(2, 9, 3, 32)]
+    assert nearly(processor.linear_attention(*given, 1e-8), reference.linear_attention(*given, 1e-8), exact(*given))
+
+
+def exact(*given):
+    return EXACT["linear_attention"](*map(wide, given), 1e-8)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("shape", PICTURES)
+@torch.no_grad()
+def test_gated_depthwise(shape, biased, in_place, language, threads, poisoned, monkeypatch):
+    x, weight, bias, x_bias = picture(*shape)
+    moved = x + x_bias.view(-1, 1, 1) if biased else x
+    truth = reference.gated_depthwise(*map(wide, (moved.clone(), weight, bias)))
+    expected = reference.gated_depthwise(moved.clone(), weight, bias)
+    if in_place:
+        monkeypatch.setattr(reference, "AT_ONCE", 0)
+    found = processor.gated_depthwise(x, weight, bias, x_bias if biased else None)
+    assert found.shape == expected.shape
+    assert nearly(found, expected, truth)
+    if language == "C":
+        assert found.permute(0, 2, 3, 1).is_contiguous() or in_place
+        assert (found.data_ptr() == x.data_ptr()) is in_place
+
+
+@torch.no_grad()
+def test_gated_depthwise_far_out(language):
+    far = torch.tensor([-1e30, -200.0, -50.0, 50.0, 200.0, 1e30])
+    x = torch.cat([far.expand(16, 6), torch.full((16, 6), 200.0)]).t().view(1, 1, 6, 32).permute(0, 3, 1, 2)
+    weight = torch.zeros(32, 1, 3, 3)
+    weight[:, :, 1, 1] = 1
+    weight[16:] /= 200  # the gate is 1
+    found = processor.gated_depthwise(x, weight, torch.zeros(32)) / torch.tensor(1.0).sigmoid()
+    expected = torch.tensor([0.0, 0.0, 0.0, 50.0, 200.0, 1e30])
+    assert torch.allclose(found[0, :, 0], expected.expand(16, 6), rtol=1e-5, atol=1e-15)
+
+
+@torch.no_grad()
+def test_gated_depthwise_gates_far_out_and_what_is_not_a_number(language):
+    x, weight, bias, _ = picture(1, 16, 1, 6)
+    weight.zero_()
+    bias[:16] = 2
+    for gate, expected in ((-1e30, 0.0), (-200.0, 0.0), (200.0, 400.0), (torch.inf, torch.inf), (torch.nan, torch.nan)):
+        bias[16:] = gate
+        found = processor.gated_depthwise(x.clone(memory_format=torch.channels_last), weight, bias)
+        assert torch.allclose(found, torch.full_like(found, expected), atol=1e-15, equal_nan=True)
+    weight.fill_(1)
+    x[0, 3, 0, 1] = torch.nan
+    bias.zero_()
+    found = processor.gated_depthwise(x, weight, bias)
+    assert found[0, 3, 0].isnan().tolist() == 3 * [True] + 3 * [False] and found.isnan().sum() == 3
+
+
+@pytest.mark.parametrize("hidden, layout", [(40, torch.channels_last), (48, torch.contiguous_format)])
+@torch.no_grad()
+def test_other_channels_and_layouts_are_left_to_the_reference(hidden, layout):
+    x, weight, bias, _ = picture(2, hidden, 5, 3)
+    x = x.contiguous(memory_format=layout)
+    assert torch.equal(processor.gated_depthwise(x.clone(), weight, bias), reference.gated_depthwise(x, weight, bias))
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "gated_depthwise"])
+@torch.no_grad()
+def test_the_count_of_threads_changes_nothing(name):
+    given = (*heads(1, 100, 5, 32), 1e-8) if name == "linear_attention" else picture(2, 1040, 4, 7)[:3]
+    before, results = torch.get_num_threads(), []
+    for count in (1, 2, 7):
+        torch.set_num_threads(count)
+        results.append(getattr(processor, name)(*given))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -77,14 +181,17 @@ def test_a_shift_for_every_token_is_left_to_the_reference():
     assert torch.equal(processor.modulate(x, x, x), reference.modulate(x, x, x))
 
 
-@pytest.mark.parametrize("name", ["linear_attention", "modulate"])
+@pytest.mark.parametrize("name", ["linear_attention", "modulate", "gated_depthwise"])
 @pytest.mark.parametrize("way", ["gradients", "bfloat16", "float16", "float64", "autocast"])
 def test_other_ways_to_compute_are_the_references(name, way):
     def inputs():
         dtype = getattr(torch, way, torch.float32) if way.startswith(("bf", "fl")) else torch.float32
-        parts = heads(1, 9, 2, 8, dtype) if name == "linear_attention" else [draw(1, 9, 16, dtype=dtype)]
-        if name == "modulate":
-            parts += [draw(1, 1, 16, seed=seed, dtype=dtype) for seed in (1, 2)]
+        if name == "linear_attention":
+            parts = heads(1, 9, 2, 32, dtype)
+        elif name == "modulate":
+            parts = [draw(1, length, 16, seed=length, dtype=dtype) for length in (9, 1, 1)]
+        else:
+            parts = picture(1, 16, 2, 3, dtype)[:3]
         return [part.detach().requires_grad_() if way == "gradients" else part for part in parts]
 
     others = (1e-8,) if name == "linear_attention" else ()

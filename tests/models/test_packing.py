@@ -10,11 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from sana_core.models import packing
-from sana_core.models.packing import MOST_TOKENS, PLAIN_CALLS, DepthwiseSiLU, PackedCalls, PackedLinear
+from sana_core.models.packing import MOST_TOKENS, PLAIN_CALLS, PackedCalls, PackedLinear
 from sana_core.models.sana import Perturbation
 from sana_core.training.lora import add_adapters
 from tests import tiny
-from tests.kernels.fused import distance
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="weights are packed by MKL")
 SIDE = 4
@@ -68,7 +67,7 @@ def test_the_layers_are_those_with_packed_weights(calls, monkeypatch):
     monkeypatch.setattr(PackedLinear, "forward", lambda layer, x: counted.append(layer) or forward(layer, x))
     pack(calls)
     network = calls._network
-    assert len(counted) == 5 * len(network.blocks), "qkv, proj, values, gates and point_conv"
+    assert len(counted) == 4 * len(network.blocks), "qkv, proj, inverted_conv and point_conv"
     assert not any(isinstance(module, PackedLinear) for module in network.modules()), "they are back in place"
 
 
@@ -76,36 +75,6 @@ def test_other_tokens_than_those_packed_for_are_computed_too():
     weight, bias, x = torch.randn(6, 5), torch.randn(6), torch.randn(2, 7, 5)
     assert torch.equal(PackedLinear(weight, None, 3)(x), F.linear(x, weight))
     assert torch.equal(PackedLinear(weight, bias, 3)(x), F.linear(x, weight, bias))
-
-
-def channels_last(*shape, seed):
-    batch, channels, height, width = shape
-    picture = torch.randn(batch, height, width, channels, generator=torch.Generator().manual_seed(seed))
-    return picture.permute(0, 3, 1, 2)
-
-
-@pytest.mark.parametrize("size", [1, 3])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (1, 7, 5, 3), (2, 40, 8, 13), (1, 33, 20, 25)])
-@torch.no_grad()
-def test_depthwise_silu(shape, size):
-    x, channels = 4 * channels_last(*shape, seed=0), shape[1]
-    weight, bias = channels_last(channels, 1, size, size, seed=1), torch.randn(channels)
-    found = DepthwiseSiLU(weight, bias)(x)
-
-    def silu(change):
-        return F.silu(F.conv2d(*map(change, (x, weight, bias)), padding=size // 2, groups=channels))
-
-    assert found.permute(0, 2, 3, 1).is_contiguous()
-    truth, expected = silu(torch.Tensor.double), silu(torch.Tensor.float)
-    assert distance(found, truth) <= max(1.5 * distance(expected, truth), 1e-7)
-
-
-@torch.no_grad()
-def test_depthwise_silu_far_out():
-    x = torch.tensor([-1e30, -200.0, 0.0, 200.0, 1e30, torch.inf, torch.nan])
-    found = DepthwiseSiLU(torch.ones(1, 1, 1, 1), torch.zeros(1))(x.view(1, 1, 1, 7)).flatten()
-    assert torch.equal(found[:6], torch.tensor([0, 0, 0, 200, 1e30, torch.inf]))
-    assert found[6].isnan()
 
 
 def test_the_layers_come_back_after_an_error(calls):
