@@ -26,7 +26,7 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         return None
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, source.stem + ".so")
-        command = [COMPILER, *FLAGS, str(source), "-o", str(library)]
+        command = [COMPILER, *FLAGS, str(source), "-lm", "-o", str(library)]
         try:
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
             return ctypes.CDLL(str(library))

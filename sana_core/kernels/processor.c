@@ -2,6 +2,7 @@
 //
 // reference.py specifies them, processor.py calls them. Vectors are GCC's, as wide as the processor's.
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -20,7 +21,7 @@ enum { LANES = 4, ROWS = 2 };
 enum {
     WIDTH = 32,               // of a head of linear attention
     COLUMNS = WIDTH / LANES,  // ROWS * COLUMNS sums fit the registers
-    PART = 64,                // tokens whose sum is formed apart, so that rounding stays small
+    PART = 32,                // tokens whose sum is formed apart, so that rounding stays small
 };
 
 typedef float lanes __attribute__((vector_size(4 * LANES)));
@@ -34,6 +35,9 @@ static inline lanes load(const float *from) {
 
 static inline void store(float *to, lanes x) { memcpy(to, &x, sizeof x); }
 
+// Asks for what will be read next; where it is far away, the processor does not guess.
+static inline void fetch(const float *from) { __builtin_prefetch(from, 0, 1); }
+
 static inline long least(long a, long b) { return a < b ? a : b; }
 
 static inline lanes choose(integers condition, lanes yes, lanes no) {
@@ -44,10 +48,6 @@ static inline lanes choose(integers condition, lanes yes, lanes no) {
 static inline lanes at_least(lanes x, float bound) { return choose(x < bound, (lanes){} + bound, x); }
 static inline lanes at_most(lanes x, float bound) { return choose(x > bound, (lanes){} + bound, x); }
 
-// ---------------------------------------------------------------------------------------------- linear attention
-
-static inline lanes relu(lanes x) { return at_least(x, 0); }
-
 static inline float sum(lanes x) {
     float part[LANES];
     store(part, x);
@@ -55,6 +55,34 @@ static inline float sum(lanes x) {
         for (int i = 0; i < half; i++) part[i] += part[i + half];
     return part[0];
 }
+
+// ---------------------------------------------------------------------------------------------------- adaptive norm
+
+// x and out [batch, tokens, channels]; shift and scale [batch, channels], `step` between rows.
+void modulate(float *out, const float *x, const float *shift, const float *scale, long step, long batch, long tokens,
+              long channels, float eps, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long token = 0; token < batch * tokens; token++) {
+        const float *from = x + token * channels, *shifts = shift + token / tokens * step;
+        const float *scales = scale + token / tokens * step;
+        lanes total = {}, squares = {};
+        for (long at = 0; at < channels; at += LANES) total += load(from + at);
+        float mean = sum(total) / channels;
+        for (long at = 0; at < channels; at += LANES) {
+            lanes centred = load(from + at) - mean;
+            squares += centred * centred;
+        }
+        float inverse = 1.0f / sqrtf(sum(squares) / channels + eps);
+        for (long at = 0; at < channels; at += LANES) {
+            lanes normed = (load(from + at) - mean) * inverse;
+            store(out + token * channels + at, normed * (1.0f + load(scales + at)) + load(shifts + at));
+        }
+    }
+}
+
+// ---------------------------------------------------------------------------------------------- linear attention
+
+static inline lanes relu(lanes x) { return at_least(x, 0); }
 
 // Adds K^T V of up to PART tokens to the state [WIDTH, WIDTH], and their keys to the total [WIDTH].
 static void add_to_state(float *state, float *total, const float *k, long k_step, const float *v, long v_step,
@@ -188,6 +216,8 @@ static void activate(float *scratch, long y, const float *x, long hidden, const 
     for (long i = 0; i < width; i++, x += 2 * hidden)
         for (long at = 0; at < channels; at += LANES) {
             lanes value = load(x + at), gate = load(x + hidden + at);
+            fetch(x + 2 * hidden + at);
+            fetch(x + 3 * hidden + at);
             if (bias) value += load(bias + at), gate += load(bias + hidden + at);
             value = near(value), gate = near(gate);
             lanes p = divisor(value), q = divisor(gate), inverse = 1.0f / (p * q);

@@ -1,7 +1,7 @@
 """What a processor computes in fewer passes over memory than PyTorch's functions take one by one, in place of some.
 
 That is for float32 without gradients. All else is left to the reference, which these match but for rounding. Where the
-machine has a C compiler, linear attention and the gated depthwise convolution are those of processor.c.
+machine has a C compiler, it compiles processor.c; without one, the reference does nearly all.
 """
 
 import ctypes
@@ -12,7 +12,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import REFERENCE, QKNorm, reference
@@ -41,10 +40,18 @@ def _has_known_heads(part: Tensor) -> bool:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """As `reference.modulate`: one row alone is scaled and shifted while it is normed."""
-    if len(x) > 1 or shift.shape[1] > 1 or not _is_ours(x, shift, scale):
+    """As `reference.modulate`."""
+    known = x.shape[2] % LANES == 0 and x.is_contiguous() and all(map(_is_for_each_row, (shift, scale)))
+    if not known or shift.stride(0) != scale.stride(0) or not _is_ours(x, shift, scale) or _library() is None:
         return reference.modulate(x, shift, scale)
-    return F.layer_norm(x, x.shape[-1:], (1 + scale).flatten(), shift.flatten(), 1e-6)
+    out = torch.empty_like(x)
+    given = (one.data_ptr() for one in (out, x, shift, scale))
+    _library().modulate(*given, shift.stride(0), *x.shape, reference.MODULATE_EPS, torch.get_num_threads())
+    return out
+
+
+def _is_for_each_row(part: Tensor) -> bool:
+    return part.shape[1] == 1 and part.stride(2) == 1
 
 
 def gated_residual_(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
@@ -92,8 +99,9 @@ def _library() -> ctypes.CDLL | None:
         return None
     part = [c_void_p, c_long, c_long]
     library.linear_attention.argtypes = [c_void_p, *3 * part, *3 * [c_long], c_float, c_int]
+    library.modulate.argtypes = [*4 * [c_void_p], *4 * [c_long], c_float, c_int]
     library.gated_depthwise.argtypes = [c_void_p, c_long, *4 * [c_void_p], *5 * [c_long], c_void_p, c_int]
-    library.linear_attention.restype = library.gated_depthwise.restype = None
+    library.linear_attention.restype = library.modulate.restype = library.gated_depthwise.restype = None
     return library
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 AT_ONCE = 1 << 23  # numbers of which the feed-forward makes a new tensor; where there are more, it goes part by part
+MODULATE_EPS = 1e-6  # added to the variance
 
 
 class QKNorm(NamedTuple):
@@ -88,13 +89,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Layer norm without weights (eps 1e-6), then scale and shift: the adaptive norm of DiT (arXiv:2212.09748).
+    """Layer norm without weights, then scale and shift: the adaptive norm of DiT (arXiv:2212.09748).
 
     Args:
         x: [B, N, C].
         shift, scale: [B, 1, C].
     """
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=MODULATE_EPS), 1 + scale)
 
 
 def gated_residual(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:

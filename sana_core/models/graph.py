@@ -146,6 +146,7 @@ class GraphedCalls:
         self._call = network if call is None else call
         self._recorder_of = recorder
         self._failed = False
+        self._without: set[torch.device] = set()  # devices without graphs: no step there is to walk over the weights
         self.drop()
 
     def __deepcopy__(self, memo) -> "GraphedCalls":
@@ -201,11 +202,13 @@ class GraphedCalls:
 
     def _follow_weights(self, device: torch.device) -> bool:
         """Whether calls can be recorded on the device; drops what was recorded with weights that have moved."""
-        weights = _addresses(self._network, device)
+        weights = None if device in self._without else _addresses(self._network, device)
         if weights is None or weights != self._weights:
             self.drop()
         if weights is not None and self._recorder is None:
             self._weights, self._recorder = weights, self._recorder_of(device)
+            if self._recorder is None:
+                self._without.add(device)
         return self._recorder is not None
 
 

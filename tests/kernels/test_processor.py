@@ -158,12 +158,14 @@ def test_the_count_of_threads_changes_nothing(name):
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("mean", [0, 300])
+@pytest.mark.parametrize("rows, tokens, channels", [(1, 63, 48), (3, 63, 40), (3, 7, 16), (2, 500, 1152)])
 @torch.no_grad()
-def test_modulate(rows):
-    given = draw(rows, 63, 40), draw(rows, 1, 40, seed=1), draw(rows, 1, 40, seed=2)
+def test_modulate(rows, tokens, channels, mean, language, threads, poisoned):
+    parts = draw(rows, 6 * channels, seed=1).unflatten(1, (6, -1)).chunk(6, dim=1)  # as a block has them
+    given = mean + draw(rows, tokens, channels), parts[1], parts[3]
     expected, found = reference.modulate(*given), processor.modulate(*given)
-    assert torch.equal(found, expected) if rows > 1 else nearly(found, expected, reference.modulate(*map(wide, given)))
+    assert nearly(found, expected, reference.modulate(*map(wide, given)))
 
 
 def wide(tensor):

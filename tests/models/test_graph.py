@@ -309,3 +309,11 @@ def test_absorbed_captions_are_not_recorded(graphs, network, recorder, monkeypat
     for _ in range(3):
         assert_equal(graphs, network, (x, timestep, context))
     assert recorder.counts["recordings"] == 0
+
+
+def test_where_there_are_no_graphs_weights_are_not_looked_at_again(network, monkeypatch):
+    graphs = GraphedCalls(network)
+    inputs = inputs_of(network)
+    assert_equal(graphs, network, inputs)
+    monkeypatch.setattr("sana_core.models.graph._addresses", lambda *_: pytest.fail("a walk over all modules"))
+    assert_equal(graphs, network, inputs)

@@ -20,7 +20,6 @@ WIDEST_ROW = 8192  # channels; a row stays in the registers of one program
 FEWEST_ROWS = 8  # that a program of the backward pass sums up
 MOST_PARTS = 128  # of the tokens of one row of the batch
 ELEMENTS_PER_THREAD = 16
-EPS = 1e-6
 
 
 @triton.jit
@@ -95,7 +94,7 @@ def _forward(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     with device_of(x):
         _modulate_kernel[tokens, batch](
             x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), scale.stride(0),
-            tokens, channels, EPS, WIDTH=width, num_warps=_warps(width),
+            tokens, channels, reference.MODULATE_EPS, WIDTH=width, num_warps=_warps(width),
         )  # fmt: skip
     return out
 
@@ -114,7 +113,7 @@ def _backward(x: Tensor, scale: Tensor, gradient: Tensor) -> tuple[Tensor, Tenso
         _gradient_kernel[parts, batch](
             x, scale, gradient, dx, dshift, dscale,
             x.stride(0), x.stride(1), scale.stride(0), gradient.stride(0), gradient.stride(1),
-            tokens, channels, EPS, WIDTH=width, ROWS=rows, num_warps=_warps(width),
+            tokens, channels, reference.MODULATE_EPS, WIDTH=width, ROWS=rows, num_warps=_warps(width),
         )  # fmt: skip
     return dx, dshift.sum(0).to(x.dtype), dscale.sum(0).to(x.dtype)
 
