@@ -8,6 +8,7 @@ from benchmarks.contest import OURS, PEER
 
 START, END = "<!-- results: written by run.py -->", "<!-- end of results -->"
 TRAINING = "-training"  # ends the names of training.py's results
+SOFTWARE = ("torch", "cuda", "diffusers", "transformers", "python", "gcc")
 COLUMNS = ("Work", "By", "ms", "10 to 90 %", "diffusers' ms / ms", "MB: weights + work", "Off by", "Warm")
 
 
@@ -81,12 +82,12 @@ def _megabytes(count: int) -> str:
 def section(results: dict, picture: str) -> str:
     """A device's part of README.md."""
     machine = results["machine"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "cuda", "diffusers", "transformers", "python"))
+    versions = ", ".join(f"{name} {machine[name] or 'none'}" for name in SOFTWARE if name in machine)
     measures = sorted({row["parity"]["measure"] for row in results["rows"] if row["parity"]})
     loads = [row["load_average"][0] for row in results["rows"]]
     parts = [
         f"## {machine['device']}, {machine['dtype']}, {results['date']}",
-        f"{machine['threads']} threads; {versions.replace('cuda None', 'no CUDA')}; commit {machine['commit']}. TF32 "
+        f"{machine['threads']} threads; {versions}; commit {machine['commit']}. TF32 "
         f"{_switch(machine['tf32'])}, cuDNN's benchmark {_switch(machine['cudnn_benchmark'])}. The machine's load was "
         f"{min(loads):.1f} to {max(loads):.1f}.",
         f"![How many times as fast as diffusers each row is]({picture})",

@@ -58,6 +58,7 @@ def describe_machine(place: Place) -> dict:
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "gcc": _ask("gcc", "-dumpfullversion"),  # compiles kernels of a CPU
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "cudnn_benchmark": torch.backends.cudnn.benchmark,
         "commit": _commit(),

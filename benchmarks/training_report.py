@@ -87,8 +87,10 @@ def memory_table(rows: list[dict]) -> str:
 def section(results: dict) -> str:
     """A device's part of README.md."""
     machine = results["machine"]
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "cuda", "diffusers", "peft", "python"))
-    facts = f"{machine['threads']} threads; {versions.replace('cuda None', 'no CUDA')}; commit {machine['commit']}."
+    versions = ", ".join(
+        f"{name} {machine[name] or 'none'}" for name in ("torch", "cuda", "diffusers", "peft", "python")
+    )
+    facts = f"{machine['threads']} threads; {versions}; commit {machine['commit']}."
     parts = [f"### {machine['device']}, {machine['dtype']}, {results['date']}", facts]
     if results["rows"]:
         loads = [row["load_average"][0] for row in results["rows"]]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import REFERENCE, QKNorm, reference
 from .compiler import compiled
@@ -27,7 +27,8 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, eps: float, norms: QKNorm 
         return reference.linear_attention(q, k, v, eps, norms)
     if norms is not None:
         q, k = reference.qk_norm(q, k, norms)
-    if _library() is None or not all(map(_has_known_heads, (q, k, v))):
+    known = q.shape == k.shape == v.shape and all(map(_has_known_heads, (q, k, v)))
+    if not known or _library() is None:
         return reference.linear_attention(q, k, v, eps)
     out = torch.empty(v.shape, dtype=v.dtype)
     given = (number for part in (q, k, v) for number in (part.data_ptr(), part.stride(0), part.stride(1)))
@@ -41,17 +42,15 @@ def _has_known_heads(part: Tensor) -> bool:
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """As `reference.modulate`."""
-    known = x.shape[2] % LANES == 0 and x.is_contiguous() and all(map(_is_for_each_row, (shift, scale)))
-    if not known or shift.stride(0) != scale.stride(0) or not _is_ours(x, shift, scale) or _library() is None:
+    batch, _, channels = x.shape
+    known = channels % LANES == 0 and x.is_contiguous() and shift.shape == scale.shape == (batch, 1, channels)
+    known = known and shift.stride() == scale.stride() and shift.stride(2) == 1
+    if not known or not _is_ours(x, shift, scale) or _library() is None:
         return reference.modulate(x, shift, scale)
     out = torch.empty_like(x)
     given = (one.data_ptr() for one in (out, x, shift, scale))
     _library().modulate(*given, shift.stride(0), *x.shape, reference.MODULATE_EPS, torch.get_num_threads())
     return out
-
-
-def _is_for_each_row(part: Tensor) -> bool:
-    return part.shape[1] == 1 and part.stride(2) == 1
 
 
 def gated_residual_(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
@@ -60,10 +59,11 @@ def gated_residual_(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 
 
 def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None) -> Tensor:
-    """As `reference.gated_depthwise`, of x + x_bias [2C]."""
+    """As `reference.gated_depthwise`, of x + x_bias [2C], contiguous and float32 as x."""
     hidden, threads = len(weight) // 2, torch.get_num_threads()
     positions = x.permute(0, 2, 3, 1)
-    known = hidden % LANES == 0 and positions.is_contiguous() and weight.is_contiguous()
+    known = hidden % LANES == 0 and all(one.is_contiguous() for one in (positions, weight, bias))
+    known = known and weight.shape[1:] == (1, 3, 3) and x.shape[1] == len(weight) == len(bias)
     if not known or not _is_ours(x, weight, bias) or _library() is None:
         return reference.gated_depthwise(x if x_bias is None else x + x_bias.view(-1, 1, 1), weight, bias)
     batch, height, width, _ = positions.shape
@@ -88,7 +88,9 @@ def _is_ours(*tensors: Tensor) -> bool:
         return False
     if torch.is_grad_enabled() and any(one.requires_grad for one in tensors):
         return False
-    return all((one.device.type, one.dtype) == ("cpu", torch.float32) for one in tensors)
+    # What others derive from Tensor may have no memory of its own.
+    plain = all(type(one) in (Tensor, nn.Parameter) for one in tensors)
+    return plain and all((one.device.type, one.dtype) == ("cpu", torch.float32) for one in tensors)
 
 
 @cache

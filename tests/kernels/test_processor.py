@@ -146,6 +146,32 @@ def test_other_channels_and_layouts_are_left_to_the_reference(hidden, layout):
     assert torch.equal(processor.gated_depthwise(x.clone(), weight, bias), reference.gated_depthwise(x, weight, bias))
 
 
+class Derived(torch.Tensor):
+    """Says where its memory is to nobody."""
+
+    def data_ptr(self):
+        raise AssertionError("a wrapper's memory was asked for")
+
+
+@pytest.mark.parametrize("name", ["linear_attention", "modulate", "gated_depthwise"])
+@torch.no_grad()
+def test_classes_derived_from_tensor_are_left_to_the_reference(name):
+    given = {
+        "linear_attention": (*heads(1, 9, 2, 32), 1e-8),
+        "modulate": (draw(1, 9, 16), *draw(2, 1, 1, 16)),
+        "gated_depthwise": picture(1, 16, 2, 3)[:3],
+    }[name]
+    expected = getattr(reference, name)(*(one.clone() if torch.is_tensor(one) else one for one in given))
+    derived = (one.as_subclass(Derived) if torch.is_tensor(one) else one for one in given)
+    assert torch.equal(getattr(processor, name)(*derived).as_subclass(torch.Tensor), expected)
+
+
+@torch.no_grad()
+def test_one_shift_for_several_rows_is_left_to_the_reference():
+    given = draw(3, 7, 16), draw(1, 1, 16, seed=1), draw(1, 1, 16, seed=2)
+    assert torch.equal(processor.modulate(*given), reference.modulate(*given))
+
+
 @pytest.mark.parametrize("name", ["linear_attention", "gated_depthwise"])
 @torch.no_grad()
 def test_the_count_of_threads_changes_nothing(name):
