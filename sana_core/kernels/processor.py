@@ -18,6 +18,7 @@ from . import REFERENCE, QKNorm, reference
 from .compiler import compiled
 
 HEAD_WIDTH, LANES = 32, 16  # processor.c knows heads of this width, and multiples of so many channels
+IN_PLACE = 1 << 23  # numbers of a feed-forward; of more, results go where their values were. New memory takes time
 BLOCK = 512  # channels at a time: three lines of a picture stay in a core's cache
 
 
@@ -59,16 +60,15 @@ def gated_residual_(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
 
 
 def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | None = None) -> Tensor:
-    """As `reference.gated_depthwise`, of x + x_bias [2C], contiguous and float32 as x."""
+    """As `reference.gated_depthwise`; with x_bias [2C], which is added to x first, without gradients only."""
     hidden, threads = len(weight) // 2, torch.get_num_threads()
     positions = x.permute(0, 2, 3, 1)
     known = hidden % LANES == 0 and all(one.is_contiguous() for one in (positions, weight, bias))
     known = known and weight.shape[1:] == (1, 3, 3) and x.shape[1] == len(weight) == len(bias)
     if not known or not _is_ours(x, weight, bias) or _library() is None:
-        return reference.gated_depthwise(x if x_bias is None else x + x_bias.view(-1, 1, 1), weight, bias)
+        return reference.gated_depthwise(x if x_bias is None else x.add_(x_bias.view(-1, 1, 1)), weight, bias)
     batch, height, width, _ = positions.shape
-    # Much new memory, in each block anew, costs time page by page: results go where their values were.
-    out = positions if x.numel() > reference.AT_ONCE else x.new_empty(batch, height, width, hidden)
+    out = positions if x.numel() > IN_PLACE else x.new_empty(batch, height, width, hidden)
     block = _block(hidden, threads)
     scratch = x.new_empty(threads, (7 * (width + 2) + 18) * block)
     pointers = [None if one is None else one.data_ptr() for one in (x, x_bias, weight, bias)]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-AT_ONCE = 1 << 23  # numbers of which the feed-forward makes a new tensor; where there are more, it goes part by part
+AT_ONCE = 1 << 22  # numbers of which the feed-forward makes a new tensor; where there are more, it goes part by part
 MODULATE_EPS = 1e-6  # added to the variance
 
 
