@@ -79,15 +79,19 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.0f}"
 
 
+def versions(machine: dict, names: tuple[str, ...]) -> str:
+    """Those of the named software that a machine's results tell of."""
+    return ", ".join(f"{name} {machine[name] or 'none'}" for name in names if name in machine)
+
+
 def section(results: dict, picture: str) -> str:
     """A device's part of README.md."""
     machine = results["machine"]
-    versions = ", ".join(f"{name} {machine[name] or 'none'}" for name in SOFTWARE if name in machine)
     measures = sorted({row["parity"]["measure"] for row in results["rows"] if row["parity"]})
     loads = [row["load_average"][0] for row in results["rows"]]
     parts = [
         f"## {machine['device']}, {machine['dtype']}, {results['date']}",
-        f"{machine['threads']} threads; {versions}; commit {machine['commit']}. TF32 "
+        f"{machine['threads']} threads; {versions(machine, SOFTWARE)}; commit {machine['commit']}. TF32 "
         f"{_switch(machine['tf32'])}, cuDNN's benchmark {_switch(machine['cudnn_benchmark'])}. The machine's load was "
         f"{min(loads):.1f} to {max(loads):.1f}.",
         f"![How many times as fast as diffusers each row is]({picture})",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from benchmarks.contest import OURS
-from benchmarks.report import newest, number, put_between
+from benchmarks.report import newest, number, put_between, versions
 
 START, END = "<!-- training: written by training.py -->", "<!-- end of training -->"
 COLUMNS = (
@@ -87,10 +87,8 @@ def memory_table(rows: list[dict]) -> str:
 def section(results: dict) -> str:
     """A device's part of README.md."""
     machine = results["machine"]
-    versions = ", ".join(
-        f"{name} {machine[name] or 'none'}" for name in ("torch", "cuda", "diffusers", "peft", "python")
-    )
-    facts = f"{machine['threads']} threads; {versions}; commit {machine['commit']}."
+    software = versions(machine, ("torch", "cuda", "diffusers", "peft", "python"))
+    facts = f"{machine['threads']} threads; {software}; commit {machine['commit']}."
     parts = [f"### {machine['device']}, {machine['dtype']}, {results['date']}", facts]
     if results["rows"]:
         loads = [row["load_average"][0] for row in results["rows"]]

@@ -189,6 +189,9 @@ static inline lanes exponential(lanes x) {
 static inline lanes near(lanes x) { return at_least(x, -FAR); }
 static inline lanes divisor(lanes x) { return 1.0f + exponential(-at_most(x, FAR)); }
 
+// How many numbers of scratch memory a picture's channel takes: what `group` has for LANES of them.
+long scratch_per_channel(long width) { return 7 * (width + 2) + 2 * 9; }
+
 // A few channels of a picture, group by group of LANES, so that all that a result needs lies together: for each group
 // three activated lines of values and of gates, a zero on the left and on the right; a line of zeros; and the filters.
 struct group {
@@ -198,7 +201,7 @@ struct group {
 
 static inline struct group group_at(float *scratch, long channel, long width) {
     long line = (width + 2) * LANES;
-    float *lines = scratch + channel * (7 * (width + 2) + 18);
+    float *lines = scratch + channel * scratch_per_channel(width);
     return (struct group){lines, lines + 6 * line, lines + 7 * line, line};
 }
 
@@ -272,11 +275,11 @@ static void mix_picture(float *out, long out_step, const float *x, long hidden, 
 }
 
 // x [batch, height, width, 2 * hidden]; out [batch, height, width, hidden], out_step between positions, may begin where
-// x does. x_bias may be null. `block` channels at a time; scratch: (7 * (width + 2) + 18) * block for each thread.
+// x does. x_bias may be null. `block` channels at a time, with scratch memory for each thread.
 void gated_depthwise(float *out, long out_step, const float *x, const float *x_bias, const float *filters,
                      const float *bias, long batch, long height, long width, long hidden, long block, float *scratch,
                      int threads) {
-    long blocks = (hidden + block - 1) / block, size = (7 * (width + 2) + 18) * block, positions = height * width;
+    long blocks = (hidden + block - 1) / block, size = block * scratch_per_channel(width), positions = height * width;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (long thread = 0; thread < threads; thread++)
         for (long part = thread; part < batch * blocks; part += threads) {

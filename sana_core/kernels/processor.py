@@ -70,7 +70,7 @@ def gated_depthwise(x: Tensor, weight: Tensor, bias: Tensor, x_bias: Tensor | No
     batch, height, width, _ = positions.shape
     out = positions if x.numel() > IN_PLACE else x.new_empty(batch, height, width, hidden)
     block = _block(hidden, threads)
-    scratch = x.new_empty(threads, (7 * (width + 2) + 18) * block)
+    scratch = x.new_empty(threads, block, _library().scratch_per_channel(width))
     pointers = [None if one is None else one.data_ptr() for one in (x, x_bias, weight, bias)]
     sizes = batch, height, width, hidden, block
     _library().gated_depthwise(out.data_ptr(), out.stride(2), *pointers, *sizes, scratch.data_ptr(), threads)
@@ -103,6 +103,7 @@ def _library() -> ctypes.CDLL | None:
     library.linear_attention.argtypes = [c_void_p, *3 * part, *3 * [c_long], c_float, c_int]
     library.modulate.argtypes = [*4 * [c_void_p], *4 * [c_long], c_float, c_int]
     library.gated_depthwise.argtypes = [c_void_p, c_long, *4 * [c_void_p], *5 * [c_long], c_void_p, c_int]
+    library.scratch_per_channel.argtypes, library.scratch_per_channel.restype = [c_long], c_long
     library.linear_attention.restype = library.modulate.restype = library.gated_depthwise.restype = None
     return library
 

@@ -70,7 +70,10 @@ def test_linear_attention(shape, normed, language, threads, poisoned):
     expected = reference.linear_attention(*given, 1e-8, norms)
     found = processor.linear_attention(*given, 1e-8, norms)
     assert found.shape == expected.shape
-    assert nearly(found, expected, truth)
+    if language == "C" and shape[-1] == processor.HEAD_WIDTH:
+        assert found.is_contiguous() and nearly(found, expected, truth)
+    else:
+        assert torch.equal(found, expected), "the reference's"
 
 
 @pytest.mark.parametrize("width", [4, 32])
@@ -109,18 +112,20 @@ def test_gated_depthwise(shape, biased, in_place, language, threads, poisoned, m
     if language == "C":
         assert found.permute(0, 2, 3, 1).is_contiguous() or in_place
         assert (found.data_ptr() == x.data_ptr()) is in_place
+    elif not in_place:
+        assert torch.equal(found, expected), "the reference's"
 
 
 @torch.no_grad()
 def test_gated_depthwise_far_out(language):
-    far = torch.tensor([-1e30, -200.0, -50.0, 50.0, 200.0, 1e30])
-    x = torch.cat([far.expand(16, 6), torch.full((16, 6), 200.0)]).t().view(1, 1, 6, 32).permute(0, 3, 1, 2)
+    far = torch.tensor([-1e30, -200.0, -50.0, 0.0, 50.0, 200.0, 1e30, torch.inf, torch.nan])
+    x = torch.cat([far.expand(16, 9), torch.full((16, 9), 200.0)]).t().view(9, 1, 1, 32).permute(0, 3, 1, 2)
     weight = torch.zeros(32, 1, 3, 3)
     weight[:, :, 1, 1] = 1
     weight[16:] /= 200  # the gate is 1
     found = processor.gated_depthwise(x, weight, torch.zeros(32)) / torch.tensor(1.0).sigmoid()
-    expected = torch.tensor([0.0, 0.0, 0.0, 50.0, 200.0, 1e30])
-    assert torch.allclose(found[0, :, 0], expected.expand(16, 6), rtol=1e-5, atol=1e-15)
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 50.0, 200.0, 1e30, torch.inf, torch.nan])
+    assert torch.allclose(found.flatten(1).t(), expected.expand(16, 9), rtol=1e-5, atol=1e-15, equal_nan=True)
 
 
 @torch.no_grad()
@@ -194,7 +199,10 @@ def test_modulate(rows, tokens, channels, mean, language, threads, poisoned):
     parts = draw(rows, 6 * channels, seed=1).unflatten(1, (6, -1)).chunk(6, dim=1)  # as a block has them
     given = mean + draw(rows, tokens, channels), parts[1], parts[3]
     expected, found = reference.modulate(*given), processor.modulate(*given)
-    assert nearly(found, expected, reference.modulate(*map(wide, given)))
+    if language == "C" and channels % processor.LANES == 0:
+        assert nearly(found, expected, reference.modulate(*map(wide, given)))
+    else:
+        assert torch.equal(found, expected), "the reference's"
 
 
 def wide(tensor):
